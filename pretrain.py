@@ -1,0 +1,549 @@
+"""Stage 1: SpidR pretraining from raw audio, with or without interleaved supervision (SpidR, section 3; SpidR-Adapt,
+"multi-task pretraining": [SSL] without, [SSL/SL] with --alignments).
+
+    python pretrain.py                                              the toy world, the tiny preset: minutes on a laptop
+    torchrun --nproc_per_node=16 pretrain.py --manifest train.csv   the paper's run: 400,000 steps of 16 x 237.5 s
+
+Writes to --out: config.json, metrics.jsonl, last.pt, step_N.pt. The same command again resumes, bit for bit on a CPU.
+A healthy run: the loss falls, target_ppl dips and recovers. Collapse: target_ppl falls toward 1 and stays.
+"""
+
+import argparse
+import inspect
+import itertools
+import json
+import os
+import platform
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import model as spidr
+from model import Config, InputError, SpidR, all_sum, require
+
+# ======== options ========
+
+
+@dataclass
+class Options:
+    """The papers' numbers. A comment is also the option's help."""
+
+    manifest: str = ""  # CSV, TSV or folder of audio; without one: the toy world and the tiny preset
+    alignments: str = ""  # phone alignments: turns on interleaved supervision
+    valid: str = ""  # a manifest to report the loss on
+    out: str = "runs/pretrain"  # the run's folder
+    toy: str = "runs/toy"  # where the toy world is written
+    seed: int = 0  # of the weights, the order, the crops and the masks
+    steps: int = 400_000  # optimizer steps; the schedule below is stretched along unless it is given too
+    lr: float = 5e-4  # peak learning rate
+    lr_floor: float = 0.01  # part of the peak that warm-up starts from and decay ends at
+    warmup_steps: int = 12_000  # linear warm-up
+    hold_steps: int = 188_000  # at the peak
+    decay_steps: int = 200_000  # exponential decay
+    freeze_step: int = 200_000  # from this step on the downsampler and the projection are frozen
+    betas: tuple = (0.9, 0.95)  # AdamW
+    eps: float = 1e-6  # AdamW
+    weight_decay: float = 0.01  # AdamW, on everything
+    clip: float = 10.0  # gradient norm
+    batch_samples: int = 3_800_000  # at most so many samples in a micro-batch (237.5 s)
+    max_samples: int = 320_000  # longest crop (20 s)
+    min_samples: int = 2_000  # shortest recording
+    crop_multiple: int = 1_600  # crops are cut to a multiple: fewer shapes, so compiled graphs are reused
+    mask_prob: float = 0.8  # masked spans x span / frames
+    mask_span: int = 10  # frames in a span
+    supervised_every: int = 10  # every so many steps one is supervised instead, if there are alignments; 0: none
+    supervised_layer: int = 8  # whose output the phoneme classifiers read
+    accumulate: int = 1  # micro-batches a step and rank: ranks x accumulate makes the global batch
+    device: str = ""  # cuda, cuda:1, mps, cpu; the best there is unless given
+    bf16: bool = True  # bfloat16 autocast, on GPUs
+    compile: bool = False  # torch.compile
+    workers: int = 2  # loader processes a rank
+    log_every: int = 100  # steps
+    save_every: int = 1_000  # steps between checkpoints (last.pt)
+    keep_every: int = 50_000  # steps between checkpoints that are kept (step_N.pt)
+    restart: bool = False  # move a run of other options aside and start over
+    benchmark: int = 0  # time so many steps on random audio, print one JSON line, write nothing
+
+
+# tiny departs from the papers in numbers only: a supervised step in three instead of ten and on layer 3 of 4, shorter
+# spans and crops, a higher rate, because 500 steps of half a minute of audio have to show something.
+PRESETS = {
+    "base": {},
+    "tiny": dict(steps=500, lr=1.5e-3, lr_floor=0.05, warmup_steps=50, hold_steps=200, decay_steps=250, freeze_step=500,
+                 batch_samples=512_000, max_samples=128_000, mask_prob=0.6, mask_span=8, supervised_every=3,
+                 supervised_layer=3, log_every=20, save_every=100, keep_every=0),
+}
+SCHEDULE = ("warmup_steps", "hold_steps", "decay_steps", "freeze_step")
+# What a resumed run may change: none of it changes what is computed.
+FREE = ("out", "device", "compile", "workers", "log_every", "save_every", "keep_every", "restart", "benchmark", "accumulate")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def parse_options(options, presets, config=Config, argv=None):
+    """(options, config): the dataclasses' defaults, over them the preset's numbers, over those the command line's."""
+    caller = sys.modules[options.__module__].__doc__
+    parser = Parser(description=caller, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", choices=list(presets), help="base with a manifest, tiny without")
+    for kind in options, config:
+        group = parser.add_argument_group(kind.__name__)
+        for cls in reversed(kind.__mro__[:-1]):
+            source = inspect.getsource(cls)
+            for field in (f for f in fields(kind) if f.name in cls.__annotations__):
+                comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.M).group(1).replace("%", "%%")
+                how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=json.loads)}
+                group.add_argument("--" + field.name.replace("_", "-"), default=None, help=f"{comment} [{field.default}]",
+                                   **how.get(field.type, dict(type=field.type)))
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    preset = given.pop("preset", "base" if given.get("manifest") else "tiny")
+    names = [field.name for field in fields(options)]
+    chosen = replace(options(), **presets[preset])
+    stretch = given.get("steps", chosen.steps) / chosen.steps
+    scaled = {name: round(getattr(chosen, name) * stretch) for name in SCHEDULE if name in names}
+    options = replace(chosen, **scaled | {name: value for name, value in given.items() if name in names})
+    config = config(**spidr.PRESETS[preset] | {name: value for name, value in given.items() if name not in names})
+    check_options(options, config)
+    return options, config
+
+
+def check_options(o, config):
+    for name in ("steps", "accumulate", "batch_samples", "max_samples", "log_every", "save_every", "crop_multiple", "mask_span"):
+        require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
+    for name in ("workers", "keep_every", "supervised_every", "benchmark", *SCHEDULE):
+        require(getattr(o, name, 0) >= 0, f"--{name.replace('_', '-')} {getattr(o, name, 0)}: not negative")
+    require(o.lr > 0 and o.clip > 0 and 0 < o.mask_prob < 1, "lr and clip are positive, mask_prob lies in (0, 1)")
+    require(1 <= o.supervised_layer <= config.layers, f"--supervised-layer {o.supervised_layer}: from 1 to {config.layers}")
+    require(o.max_samples >= o.min_samples, "--max-samples is less than --min-samples")
+    require(o.batch_samples >= o.max_samples, f"--batch-samples {o.batch_samples} is less than a crop of --max-samples "
+            f"{o.max_samples}: raise the one or lower the other")
+    require(spidr.num_frames(o.min_samples, config) >= 2, f"--min-samples {o.min_samples} makes no two frames")
+
+
+# ======== setup ========
+
+
+@dataclass
+class Place:
+    """Where this process stands."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+
+def setup(o):
+    world, rank, local = (int(os.environ.get(name, d)) for name, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(o.device or best)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {o.device}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", local if device.index is None else device.index)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Place(rank, world, device)
+
+
+def provenance(o, config, model, place):
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else platform.processor() or "cpu"
+    return {"model": spidr.released_config(config), "options": asdict(o), "ranks": place.world,
+            "commit": git.stdout.strip() or None, "torch": torch.__version__, "python": platform.python_version(),
+            "device": name, "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def open_run(o, config, model, place):
+    """The run's folder: new, or one to resume with the very same options. Returns the newest checkpoint there, or None."""
+    out, record = Path(o.out), json.loads(json.dumps(provenance(o, config, model, place)))
+    old_path = out / "config.json"
+    require(not out.exists() or out.is_dir(), f"--out {out} is a file")
+    if place.first and old_path.exists() and o.restart:
+        number = next(i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
+        os.rename(out, f"{out}.{number}")
+        print(f"the run that was there is {out}.{number} now")
+    barrier()
+    if old_path.exists():
+        old = json.loads(old_path.read_text())
+        then, now = ({**r["options"], **r["model"], "ranks x accumulate": r["ranks"] * r["options"]["accumulate"]}
+                     for r in (old, record))
+        differs = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v and k not in FREE]
+        require(not differs, f"{out} holds a run with other options: {'; '.join(differs)}. Give another --out, or --restart")
+        newest = out / "last.pt"
+        return spidr.read_checkpoint(newest)[1] if newest.exists() else None
+    barrier()
+    if place.first:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            old_path.write_text(json.dumps(record, indent=1))
+            (out / "metrics.jsonl").write_text(json.dumps({"step": 0, **record}) + "\n")
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be written: {error}") from None
+    return None
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def seed_step(seed, step, rank):
+    """Dropout is a function of (seed, step, rank) too: nothing random has to be saved."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+
+
+# ======== log and checkpoints ========
+
+
+class Log:
+    """A record every log_every steps, on the screen and in metrics.jsonl: the metrics' means since the last one."""
+
+    def __init__(self, o, place, step=0, state=None):
+        self.o, self.place, self.path, self.seen = o, place, Path(o.out) / "metrics.jsonl", []
+        self.state = state or {"seconds": 0.0, "audio_seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0, "bad_recordings": 0}
+        self.samples, self.bad, self.told, self.since, self.record = 0, 0, set(), time.time(), {}
+        if place.first:  # what a killed run logged after its last checkpoint comes again
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        self.bar = tqdm(total=o.steps, initial=step, unit="step", disable=None if place.first else True)
+
+    def batch(self, batch):
+        self.samples += batch["wav"].numel()
+        self.bad += len(batch["bad"])
+        for path, message in batch["bad"]:
+            if path not in self.told:
+                print(f"skipped: {message}", file=sys.stderr)
+            self.told.add(path)
+        return batch
+
+    def step(self, step, metrics, **more):
+        """Returns whether this step was logged; nothing waits for the GPU before that."""
+        self.seen.append(metrics)
+        self.bar.update()
+        if step % self.o.log_every and step != self.o.steps:
+            return False
+        names = sorted({name for m in self.seen for name in m} - {"layers"})
+        means = {name: torch.stack([m[name].float() for m in self.seen if name in m]).nanmean().item() for name in names}
+        layers = next((m["layers"] for m in reversed(self.seen) if "layers" in m), {})
+        per_layer = {f"{name}_{k}": x for name, values in layers.items() for k, x in enumerate(values.tolist())}
+        samples, bad = all_sum(torch.tensor([self.samples, self.bad], dtype=torch.float32, device=self.place.device)).tolist()
+        seconds = time.time() - self.since
+        for m in self.seen:
+            self.state["skipped_in_a_row"] = (self.state["skipped_in_a_row"] + 1) * int(m["skipped"])
+            self.state["skipped"] += int(m["skipped"])
+            self.check_skips(step)
+        self.state["seconds"] += seconds
+        self.state["audio_seconds"] += samples / data.SAMPLE_RATE
+        self.state["bad_recordings"] += int(bad)
+        self.record = {"step": step, **means, **per_layer, "audio_s_per_s": samples / data.SAMPLE_RATE / seconds, **self.state, **more}
+        self.seen, self.samples, self.bad, self.since = [], 0, 0, time.time()
+        self.write(self.record)
+        return True
+
+    def check_skips(self, step):
+        require(self.state["skipped_in_a_row"] < 20, f"20 steps in a row up to step {step} had no finite gradient: stopped; "
+                f"{self.o.out}/last.pt is good. Lower the learning rate, or look at the recordings")
+
+    def write(self, record):
+        if not self.place.first:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        shown = ("loss", "target_ppl", "pred_ppl", "accuracy", "phone_loss", "valid_loss", "lr", "audio_s_per_s")
+        self.bar.set_postfix({name: f"{record[name]:.3g}" for name in shown if name in record})
+        if self.bar.disable:
+            print(f"step {record['step']}", *(f"{name} {record[name]:.4g}" for name in shown if name in record), flush=True)
+
+
+def save_checkpoint(o, place, model, optimizer, step, log, **more):
+    if place.first:
+        spidr.save(Path(o.out) / "last.pt", model, step=step, optimizer=optimizer.state_dict(), log=log.state, **more)
+        if o.keep_every and step % o.keep_every == 0 or step == o.steps:
+            spidr.save(Path(o.out) / f"step_{step}.pt", model, step=step, **more)
+
+
+class Stop:
+    """SIGTERM: the ranks agree on a step, save and leave."""
+
+    def __init__(self, place):
+        self.place, self.asked = place, False
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, *_):
+        self.asked = True
+
+    def agreed(self, step):
+        if self.place.world > 1 and step % 10:  # agreeing waits for the GPU: not at every step
+            return False
+        return all_sum(torch.tensor(float(self.asked), device=self.place.device)).item() > 0
+
+
+# ======== the step that every stage shares ========
+
+
+def lr_at(step, o):
+    """The rate that step `step`, from 0, uses: linear warm-up, hold, exponential decay."""
+    if step < o.warmup_steps:
+        return o.lr * (o.lr_floor + (1 - o.lr_floor) * step / o.warmup_steps)
+    decayed = (step - o.warmup_steps - o.hold_steps) / max(1, o.decay_steps)
+    return o.lr * o.lr_floor ** min(max(decayed, 0.0), 1.0)
+
+
+def make_optimizer(model, o):
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("teacher.")]
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True)
+
+
+def train_step(model, optimizer, micro_batches, lr, o, place, layer=0):
+    """One optimizer step on the micro-batches of all ranks of model.group; with `layer` a supervised one, read off there.
+
+    The loss is a mean over the frames of all ranks and micro-batches, each part weighs what it has of them, gradients
+    are summed: so ranks and accumulation change nothing but rounding. Nothing here waits for the GPU.
+    """
+    batches = list(micro_batches)
+    optimizer.zero_grad(set_to_none=True)
+    counts = [float(((b["phones"] >= 0) if layer else b["mask"]).sum()) for b in batches]
+    total = all_sum(torch.tensor(sum(counts)).to(place.device, non_blocking=True), model.group).clamp(min=1)
+    sums, metrics = 0, {}
+    for i, (batch, count) in enumerate(zip(batches, counts)):
+        wav, mask = batch["wav"].to(place.device, non_blocking=True), batch["mask"]
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=o.bf16 and place.device.type == "cuda"):
+            if layer:
+                phones = batch["phones"].to(place.device, non_blocking=True)
+                loss, part = model.supervised_loss(wav, mask, phones, batch["language"], layer)
+                sums = sums + part
+            else:
+                loss, metrics = model(wav, mask, commit=i == len(batches) - 1)
+        (loss * (count / total)).backward()
+    if layer:
+        loss, hits = all_sum(sums, model.group) / total
+        metrics = {"phone_loss": loss, "phone_accuracy": hits}
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    sum_gradients(gradients, model.group)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    torch._foreach_mul_(gradients, (o.clip / (norm + 1e-6)).clamp(max=1.0))
+    # A NaN on one rank is a NaN in the sum on every rank: all of them skip, without having to talk about it. The fused
+    # AdamW reads found_inf, on the device, and where it is 1 leaves weights, moments and step counts as they are.
+    skipped = (~norm.isfinite()).float()
+    optimizer.found_inf = skipped
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return {**metrics, "grad_norm": norm, "skipped": skipped}
+
+
+def sum_gradients(gradients, group):
+    """In place, over the ranks of the group."""
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        flat = all_sum(torch.cat([g.flatten() for g in gradients]), group)
+        parts = flat.split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
+
+
+# ======== data ========
+
+
+def training_data(o, config, place):
+    """The unlabelled batches, the labelled ones or None, and the phone inventories."""
+    manifest, alignments = o.manifest, o.alignments
+    if not manifest:
+        if place.first and not (Path(o.toy) / "toy.json").exists():
+            print(f"making the toy world in {o.toy}")
+            data.toy(o.toy)
+        barrier()
+        manifest, alignments = Path(o.toy) / "train.csv", alignments or Path(o.toy) / "train_alignments.csv"
+    rows = data.read_manifest(manifest)
+    data.check_audio(rows, o.min_samples)
+    group = place.world * o.accumulate
+    unlabelled = data.Batches(rows, config, o, group)
+    if not (alignments and o.supervised_every):
+        return unlabelled, None, {}
+    alignments, path = data.read_alignments(alignments), alignments
+    labelled = data.aligned_rows(rows, alignments, path)
+    inventory = data.inventories(alignments)
+    classes, unknown = data.phone_classes(alignments, inventory)
+    if unknown and place.first:
+        print(f"{path}: {unknown} frames of unknown phones are ignored", file=sys.stderr)
+    return unlabelled, data.Batches(labelled, config, o, group, classes, stream=1), inventory
+
+
+def fetch(batches, o, place, step, log):
+    """Endless micro-batches of this rank, from optimizer step `step` of this kind on."""
+    numbers = (s * place.world * o.accumulate + a * place.world + place.rank
+               for s in itertools.count(step) for a in range(o.accumulate))
+    loader = data.loader(batches, numbers, o.workers, pin=place.device.type == "cuda")
+    return map(log.batch, loader)
+
+
+@torch.no_grad()
+def validate(model, batches, place, most=20):
+    """The mean loss over the first batches of a validation set, always the same crops and masks."""
+    model.eval()
+    numbers = range(place.rank, min(most, batches.per_epoch), place.world)
+    sums = torch.zeros(2, device=place.device)
+    for batch in map(batches.__getitem__, numbers):
+        loss, _ = model(batch["wav"].to(place.device), batch["mask"], commit=False)
+        frames = batch["mask"].sum().item()
+        sums += torch.stack([loss * frames, loss.new_tensor(frames)])
+    model.pending = None
+    model.train()
+    total, frames = all_sum(sums).tolist()
+    return total / max(frames, 1)
+
+
+# ======== the stage ========
+
+
+def main():
+    o, config = parse_options(Options, PRESETS)
+    place = setup(o)
+    torch.manual_seed(o.seed)
+    model = SpidR(config).to(place.device)
+    if o.compile:
+        for part in model.feature_extractor, model.student, model.teacher:
+            part.compile()
+    if o.benchmark:
+        return benchmark(o, config, model, place)
+
+    # ---- data
+    unlabelled, labelled, inventory = training_data(o, config, place)
+    valid = data.Batches(data.read_manifest(o.valid), config, o, stream=2) if o.valid else None
+
+    # ---- model, optimizer
+    for language, phones in inventory.items():
+        model.add_language(language, len(phones))
+    optimizer = make_optimizer(model, o)
+
+    # ---- resume
+    checkpoint = open_run(o, config, model, place)
+    first, state = 0, None
+    if checkpoint:
+        spidr.load_state(model, checkpoint["model"], o.out)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first, state = int(checkpoint["step"]), checkpoint["log"]
+        if first >= o.steps:
+            return print(f"{o.out}: finished, {first} steps; nothing to do" if place.first else "", end="\n"[: place.first])
+    log, stop = Log(o, place, first, state), Stop(place)
+
+    # ---- loop: step s is supervised when the next one is a multiple of supervised_every
+    every = o.supervised_every if labelled else o.steps + 1
+    batches = fetch(unlabelled, o, place, first - first // every, log)
+    labelled_batches = fetch(labelled, o, place, first // every, log) if labelled else None
+    model.train()
+    for step in range(first, o.steps):
+        if step >= o.freeze_step:
+            model.freeze_front_end()
+        seed_step(o.seed, step, place.rank)
+        supervised = (step + 1) % every == 0
+        micro_batches = itertools.islice(labelled_batches if supervised else batches, o.accumulate)
+        lr = lr_at(step, o)
+        metrics = train_step(model, optimizer, micro_batches, lr, o, place, o.supervised_layer if supervised else 0)
+        ema = model.update_teacher(step + 1)
+        saving, stopping = (step + 1) % o.save_every == 0 or step + 1 == o.steps, stop.agreed(step + 1)
+        more = {"valid_loss": validate(model, valid, place)} if valid and saving else {}
+        log.step(step + 1, metrics, lr=lr, ema=ema, **more)
+        if saving or stopping:
+            save_checkpoint(o, place, model, optimizer, step + 1, log, inventories=inventory)
+        if stopping and step + 1 < o.steps:
+            log.bar.close()
+            print(f"stopped at step {step + 1}; the same command resumes there" if place.first else "", end="\n"[: place.first])
+            sys.exit(143)
+    log.bar.close()
+    if place.first:
+        summary(o, log, model)
+
+
+def summary(o, log, model):
+    """What was trained, how long it took, how it ended, and what to type next."""
+    s = log.state
+    print(f"{o.out}: {o.steps} steps, {s['audio_seconds'] / 3600:.1f} h of audio, {s['seconds'] / 60:.1f} min; "
+          f"{s['skipped']} steps skipped, {s['bad_recordings']} recordings skipped")
+    shown = ("loss", "target_ppl", "pred_ppl", "accuracy", "active", "phone_accuracy", "valid_loss")
+    print("last:", *(f"{name} {log.record[name]:.3f}" for name in shown if name in log.record))
+    print(f"next: python meta_train.py --init {o.out}   or   python evaluate.py")
+
+
+# ======== benchmark ========
+
+
+def flops(config, batch, samples):
+    """Floating-point operations of one training step: forward and twice that backward for what is trained, forward
+    alone for the teacher; products only. Base at 237.5 s of audio: see the README."""
+    o, channels, T, front = config, 1, samples, 0
+    for out, kernel, stride in o.conv_layers:
+        T = (T - kernel) // stride + 1
+        front, channels = front + 2 * T * kernel * channels * out, out
+    front += 2 * T * channels * o.dim
+    positional = 2 * T * o.pos_depth * (o.pos_kernel // o.pos_depth) * o.dim * o.dim // o.pos_groups
+    transformer = positional + o.layers * (2 * T * (4 * o.dim**2 + 2 * o.dim * o.ffn) + 4 * T * T * o.dim)
+    codewords = 2 * (T // 2) * o.codebooks * o.dim * o.codewords  # heads, and again the assignment: half of the frames
+    return batch * (3 * (front + transformer + codewords) + transformer + codewords)
+
+
+def benchmark(o, config, model, place):
+    """Steps on random audio, so many crops of the longest kind as a micro-batch holds; one JSON line."""
+    batch = max(1, o.batch_samples // o.max_samples)
+    samples = o.batch_samples // batch // o.crop_multiple * o.crop_multiple
+    frames = spidr.num_frames(samples, config)
+    wav = torch.randn(batch, samples, device=place.device)
+    mask = torch.from_numpy(data.make_mask(batch, frames, np.random.default_rng(0), o.mask_prob, o.mask_span))
+    optimizer, times = make_optimizer(model.train(), o), []
+    on_gpu = place.device.type == "cuda"
+    for step in range(o.benchmark + 3):  # the first three warm up
+        began = time.perf_counter()
+        train_step(model, optimizer, [{"wav": wav, "mask": mask}] * o.accumulate, o.lr, o, place)
+        model.update_teacher(step + 1)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    seconds = float(np.median(times[3:]))
+    work = flops(config, batch, samples) * o.accumulate
+    peak = peak_flops(place.device, o.bf16 and on_gpu)
+    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if place.first:
+        print(json.dumps({"steps_per_s": 1 / seconds, "audio_s_per_s": batch * samples * o.accumulate * place.world / 16000 / seconds,
+                          "mfu": work / seconds / peak, "tflop_per_step": work / 1e12, "peak_tflops": peak / 1e12,
+                          "peak_memory_gib": memory / 2**30, "batch": [batch, samples], "ranks": place.world}))
+
+
+def peak_flops(device, bf16):
+    """Dense peak of the GPU by its data sheet; elsewhere, and in float32, what a large product reaches."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for part, tflops in (("H200", 989), ("H100", 989), ("A100", 312)):
+        if part in name and bf16:
+            return tflops * 1e12
+    x = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return max(2 * 2048**3 / timed(lambda: x @ x, device) for _ in range(5))
+
+
+def timed(work, device):
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    spidr.run(main)
