@@ -305,9 +305,9 @@ class Batches:
     over all ranks. With `classes` (supervision) the batches of a group share a language.
     """
 
-    def __init__(self, rows, config, options, group=1, classes=None, stream=0):
+    def __init__(self, rows, config, options, group=1, classes=None, stream=(0,)):
         self.rows, self.config, self.classes, self.group = rows, config, classes, group
-        self.seed, self.budget, self.max_samples = (options.seed, stream), options.batch_samples, options.max_samples
+        self.seed, self.budget, self.max_samples = (options.seed, *stream), options.batch_samples, options.max_samples
         self.mask, self.round = (options.mask_prob, options.mask_span), options.crop_multiple
         require(self.budget >= self.max_samples, f"batch_samples {self.budget} is less than a crop of {self.max_samples}")
         self.lengths = np.minimum([row.num_samples for row in rows], self.max_samples)

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -109,7 +109,7 @@ class Config:
 # a smaller width; a teacher that settles within hundreds of steps.
 PRESETS = {
     "base": {},
-    "tiny": dict(norm="group_norm", conv_layers=((32, 10, 5),) + ((32, 3, 2),) + ((64, 3, 2),) * 3 + ((64, 2, 2),) * 2,
+    "tiny": dict(norm="group_norm", conv_layers=((32, 10, 5),) + ((64, 3, 2),) * 4 + ((64, 2, 2),) * 2,
                  dim=128, layers=4, heads=4, ffn=512, pos_kernel=57, pos_depth=3, dropout=0.0, attention_dropout=0.0,
                  init_std=0.05, codebooks=3, codewords=48, ema_timescale=500.0),
 }
@@ -515,14 +515,14 @@ def all_sum(x, group=None):
 # ======== load and save ========
 
 
-def save(path, model, **more):
+def save(path, state, **more):
     """A checkpoint in the released format, to a temporary name first: a crash or a full disk leaves the old one whole."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save({"model": model.state_dict(), **more}, file)
+            torch.save({"model": state, **more}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -582,10 +582,11 @@ def load_state(model, state, path):
     return model
 
 
-def load(path, device="cpu"):
-    """A run's folder, one of our checkpoints or a released one (with its config.json beside it, else base)."""
+def load(path, device="cpu", **changes):
+    """A run's folder, one of our checkpoints or a released one (with its config.json beside it, else base); `changes`
+    are to the configuration."""
     path, checkpoint = read_checkpoint(path)
-    model = SpidR(read_config(path.parent / "config.json"))
+    model = SpidR(replace(read_config(path.parent / "config.json"), **changes))
     return load_state(model, checkpoint["model"], path).eval().to(device)
 
 

@@ -39,6 +39,7 @@ from model import Config, InputError, SpidR, all_sum, require
 class Options:
     """The papers' numbers. A comment is also the option's help."""
 
+    preset: str = ""  # base or tiny; base with a manifest, tiny without
     manifest: str = ""  # CSV, TSV or folder of audio; without one: the toy world and the tiny preset
     alignments: str = ""  # phone alignments: turns on interleaved supervision
     valid: str = ""  # a manifest to report the loss on
@@ -68,7 +69,7 @@ class Options:
     device: str = ""  # cuda, cuda:1, mps, cpu; the best there is unless given
     bf16: bool = True  # bfloat16 autocast, on GPUs
     compile: bool = False  # torch.compile
-    workers: int = 2  # loader processes a rank
+    loaders: int = 2  # processes that read audio, for each rank
     log_every: int = 100  # steps
     save_every: int = 1_000  # steps between checkpoints (last.pt)
     keep_every: int = 50_000  # steps between checkpoints that are kept (step_N.pt)
@@ -86,7 +87,7 @@ PRESETS = {
 }
 SCHEDULE = ("warmup_steps", "hold_steps", "decay_steps", "freeze_step")
 # What a resumed run may change: none of it changes what is computed.
-FREE = ("out", "device", "compile", "workers", "log_every", "save_every", "keep_every", "restart", "benchmark", "accumulate")
+FREE = ("out", "device", "compile", "loaders", "log_every", "save_every", "keep_every", "restart", "benchmark", "accumulate")
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,36 +95,36 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def parse_options(options, presets, config=Config, argv=None):
+def parse_options(options, presets, config=None, argv=None):
     """(options, config): the dataclasses' defaults, over them the preset's numbers, over those the command line's."""
-    caller = sys.modules[options.__module__].__doc__
-    parser = Parser(description=caller, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--preset", choices=list(presets), help="base with a manifest, tiny without")
-    for kind in options, config:
-        group = parser.add_argument_group(kind.__name__)
-        for cls in reversed(kind.__mro__[:-1]):
-            source = inspect.getsource(cls)
-            for field in (f for f in fields(kind) if f.name in cls.__annotations__):
-                comment = re.search(rf"^    {field.name}: .*?  # (.*)$", source, re.M).group(1).replace("%", "%%")
-                how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=json.loads)}
-                group.add_argument("--" + field.name.replace("_", "-"), default=None, help=f"{comment} [{field.default}]",
-                                   **how.get(field.type, dict(type=field.type)))
+    manual = sys.modules[options.__module__].__doc__
+    parser = Parser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for kind in filter(None, (options, config)):
+        group, helps = parser.add_argument_group(kind.__name__), {}
+        for cls in reversed(kind.__mro__[:-1]):  # what a later class says of an option wins
+            helps |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M)
+        for field in fields(kind):
+            how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=json.loads)}
+            group.add_argument("--" + field.name.replace("_", "-"), default=None,
+                               help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"),
+                               **how.get(field.type, dict(type=field.type)))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    preset = given.pop("preset", "base" if given.get("manifest") else "tiny")
+    preset = given.setdefault("preset", "base" if given.get("manifest") or given.get("audio") else "tiny")
+    require(preset in presets, f"--preset {preset}: one of {', '.join(presets)}")
     names = [field.name for field in fields(options)]
     chosen = replace(options(), **presets[preset])
-    stretch = given.get("steps", chosen.steps) / chosen.steps
-    scaled = {name: round(getattr(chosen, name) * stretch) for name in SCHEDULE if name in names}
+    stretch = given.get("steps", chosen.steps) / max(1, chosen.steps)
+    scaled = {name: round(getattr(chosen, name) * stretch) for name in SCHEDULE}
     options = replace(chosen, **scaled | {name: value for name, value in given.items() if name in names})
-    config = config(**spidr.PRESETS[preset] | {name: value for name, value in given.items() if name not in names})
-    check_options(options, config)
+    if config:
+        config = config(**spidr.PRESETS[preset] | {name: value for name, value in given.items() if name not in names})
     return options, config
 
 
 def check_options(o, config):
     for name in ("steps", "accumulate", "batch_samples", "max_samples", "log_every", "save_every", "crop_multiple", "mask_span"):
         require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
-    for name in ("workers", "keep_every", "supervised_every", "benchmark", *SCHEDULE):
+    for name in ("loaders", "keep_every", "supervised_every", "benchmark", *SCHEDULE):
         require(getattr(o, name, 0) >= 0, f"--{name.replace('_', '-')} {getattr(o, name, 0)}: not negative")
     require(o.lr > 0 and o.clip > 0 and 0 < o.mask_prob < 1, "lr and clip are positive, mask_prob lies in (0, 1)")
     require(1 <= o.supervised_layer <= config.layers, f"--supervised-layer {o.supervised_layer}: from 1 to {config.layers}")
@@ -208,9 +209,9 @@ def barrier():
         dist.barrier()
 
 
-def seed_step(seed, step, rank):
-    """Dropout is a function of (seed, step, rank) too: nothing random has to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]))
+def seed_step(*numbers):
+    """Dropout is a function of (seed, step, rank): no generator's state has to be saved."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 # ======== log and checkpoints ========
@@ -249,6 +250,9 @@ class Log:
         per_layer = {f"{name}_{k}": x for name, values in layers.items() for k, x in enumerate(values.tolist())}
         samples, bad = all_sum(torch.tensor([self.samples, self.bad], dtype=torch.float32, device=self.place.device)).tolist()
         seconds = time.time() - self.since
+        if 0 < means.get("target_ppl", 0) < 2 and "collapse" not in self.told:
+            self.told.add("collapse")
+            print(f"warning: target_ppl {means['target_ppl']:.2f} at step {step}: the codebooks are collapsing", file=sys.stderr)
         for m in self.seen:
             self.state["skipped_in_a_row"] = (self.state["skipped_in_a_row"] + 1) * int(m["skipped"])
             self.state["skipped"] += int(m["skipped"])
@@ -276,11 +280,24 @@ class Log:
             print(f"step {record['step']}", *(f"{name} {record[name]:.4g}" for name in shown if name in record), flush=True)
 
 
-def save_checkpoint(o, place, model, optimizer, step, log, **more):
+def save_checkpoint(o, place, state, optimizer, step, log, **more):
     if place.first:
-        spidr.save(Path(o.out) / "last.pt", model, step=step, optimizer=optimizer.state_dict(), log=log.state, **more)
+        spidr.save(Path(o.out) / "last.pt", state, step=step, optimizer=optimizer.state_dict(), log=log.state, **more)
         if o.keep_every and step % o.keep_every == 0 or step == o.steps:
-            spidr.save(Path(o.out) / f"step_{step}.pt", model, step=step, **more)
+            spidr.save(Path(o.out) / f"step_{step}.pt", state, step=step, **more)
+
+
+def finished(o, place):
+    if place.first:
+        print(f"{o.out}: finished, {o.steps} steps; nothing to do")
+
+
+def stopped(log, step):
+    """After SIGTERM."""
+    log.bar.close()
+    if log.place.first:
+        print(f"stopped at step {step}; the same command resumes there")
+    sys.exit(143)
 
 
 class Stop:
@@ -315,6 +332,10 @@ def make_optimizer(model, o):
     return torch.optim.AdamW(parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True)
 
 
+def autocast(o, place):
+    return torch.autocast(place.device.type, torch.bfloat16, enabled=o.bf16 and place.device.type == "cuda")
+
+
 def train_step(model, optimizer, micro_batches, lr, o, place, layer=0):
     """One optimizer step on the micro-batches of all ranks of model.group; with `layer` a supervised one, read off there.
 
@@ -328,7 +349,7 @@ def train_step(model, optimizer, micro_batches, lr, o, place, layer=0):
     sums, metrics = 0, {}
     for i, (batch, count) in enumerate(zip(batches, counts)):
         wav, mask = batch["wav"].to(place.device, non_blocking=True), batch["mask"]
-        with torch.autocast(place.device.type, torch.bfloat16, enabled=o.bf16 and place.device.type == "cuda"):
+        with autocast(o, place):
             if layer:
                 phones = batch["phones"].to(place.device, non_blocking=True)
                 loss, part = model.supervised_loss(wav, mask, phones, batch["language"], layer)
@@ -364,35 +385,37 @@ def sum_gradients(gradients, group):
 # ======== data ========
 
 
-def training_data(o, config, place):
-    """The unlabelled batches, the labelled ones or None, and the phone inventories."""
+def make_toy(o, place):
+    if place.first and not (Path(o.toy) / "toy.json").exists():
+        print(f"making the toy world in {o.toy}", flush=True)
+        data.toy(o.toy)
+    barrier()
+
+
+def read_data(o, place, inventory=None):
+    """All rows, the labelled ones with their phones as classes, and the phone inventories: those given, or the found."""
     manifest, alignments = o.manifest, o.alignments
     if not manifest:
-        if place.first and not (Path(o.toy) / "toy.json").exists():
-            print(f"making the toy world in {o.toy}")
-            data.toy(o.toy)
-        barrier()
+        make_toy(o, place)
         manifest, alignments = Path(o.toy) / "train.csv", alignments or Path(o.toy) / "train_alignments.csv"
     rows = data.read_manifest(manifest)
     data.check_audio(rows, o.min_samples)
-    group = place.world * o.accumulate
-    unlabelled = data.Batches(rows, config, o, group)
     if not (alignments and o.supervised_every):
-        return unlabelled, None, {}
-    alignments, path = data.read_alignments(alignments), alignments
-    labelled = data.aligned_rows(rows, alignments, path)
-    inventory = data.inventories(alignments)
-    classes, unknown = data.phone_classes(alignments, inventory)
+        return rows, [], {}, {}
+    found = data.read_alignments(alignments)
+    labelled = data.aligned_rows(rows, found, alignments)
+    inventory = data.inventories(found) | (inventory or {})
+    classes, unknown = data.phone_classes(found, inventory)
     if unknown and place.first:
-        print(f"{path}: {unknown} frames of unknown phones are ignored", file=sys.stderr)
-    return unlabelled, data.Batches(labelled, config, o, group, classes, stream=1), inventory
+        print(f"{alignments}: {unknown} frames of unknown phones are ignored", file=sys.stderr)
+    return rows, labelled, classes, inventory
 
 
 def fetch(batches, o, place, step, log):
     """Endless micro-batches of this rank, from optimizer step `step` of this kind on."""
     numbers = (s * place.world * o.accumulate + a * place.world + place.rank
                for s in itertools.count(step) for a in range(o.accumulate))
-    loader = data.loader(batches, numbers, o.workers, pin=place.device.type == "cuda")
+    loader = data.loader(batches, numbers, o.loaders, pin=place.device.type == "cuda")
     return map(log.batch, loader)
 
 
@@ -416,7 +439,8 @@ def validate(model, batches, place, most=20):
 
 
 def main():
-    o, config = parse_options(Options, PRESETS)
+    o, config = parse_options(Options, PRESETS, Config)
+    check_options(o, config)
     place = setup(o)
     torch.manual_seed(o.seed)
     model = SpidR(config).to(place.device)
@@ -427,8 +451,11 @@ def main():
         return benchmark(o, config, model, place)
 
     # ---- data
-    unlabelled, labelled, inventory = training_data(o, config, place)
-    valid = data.Batches(data.read_manifest(o.valid), config, o, stream=2) if o.valid else None
+    rows, labelled_rows, classes, inventory = read_data(o, place)
+    group = place.world * o.accumulate
+    unlabelled = data.Batches(rows, config, o, group)
+    labelled = data.Batches(labelled_rows, config, o, group, classes, stream=(1,)) if labelled_rows else None
+    valid = data.Batches(data.read_manifest(o.valid), config, o, stream=(2,)) if o.valid else None
 
     # ---- model, optimizer
     for language, phones in inventory.items():
@@ -443,7 +470,7 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, state = int(checkpoint["step"]), checkpoint["log"]
         if first >= o.steps:
-            return print(f"{o.out}: finished, {first} steps; nothing to do" if place.first else "", end="\n"[: place.first])
+            return finished(o, place)
     log, stop = Log(o, place, first, state), Stop(place)
 
     # ---- loop: step s is supervised when the next one is a multiple of supervised_every
@@ -464,11 +491,9 @@ def main():
         more = {"valid_loss": validate(model, valid, place)} if valid and saving else {}
         log.step(step + 1, metrics, lr=lr, ema=ema, **more)
         if saving or stopping:
-            save_checkpoint(o, place, model, optimizer, step + 1, log, inventories=inventory)
+            save_checkpoint(o, place, model.state_dict(), optimizer, step + 1, log, inventories=inventory)
         if stopping and step + 1 < o.steps:
-            log.bar.close()
-            print(f"stopped at step {step + 1}; the same command resumes there" if place.first else "", end="\n"[: place.first])
-            sys.exit(143)
+            stopped(log, step + 1)
     log.bar.close()
     if place.first:
         summary(o, log, model)

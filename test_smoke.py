@@ -1,6 +1,6 @@
 """pytest test_smoke.py: what the repository promises, on tiny configurations and a CPU, in under three minutes."""
 
-import csv
+import itertools
 import json
 import math
 import os
@@ -15,7 +15,9 @@ import pytest
 import soundfile
 import torch
 
+import adapt
 import data
+import meta_train
 import model as spidr
 import pretrain
 from model import Config, InputError, SpidR, num_frames
@@ -24,7 +26,7 @@ HERE = Path(__file__).parent
 torch.set_num_threads(1)
 SMALL = ("--dim 32 --layers 2 --heads 2 --ffn 64 --codebooks 2 --codewords 8 --pos-groups 4 --supervised-layer 2 "
          "--conv-layers [[16,10,5],[16,3,2],[16,3,2],[16,3,2],[16,3,2],[16,2,2],[16,2,2]] --steps 12 --warmup-steps 2 "
-         "--batch-samples 64000 --max-samples 32000 --log-every 3 --save-every 3 --workers 0 --device cpu").split()
+         "--batch-samples 64000 --max-samples 32000 --log-every 3 --save-every 3 --loaders 0 --device cpu").split()
 
 
 # ======== helpers ========
@@ -290,7 +292,7 @@ def test_load_reads_released_checkpoints_and_refuses_others(tmp_path):
             raise OSError(28, "No space left on device")
         patch.setattr(torch, "save", fill)
         with pytest.raises(InputError, match="No space left"):
-            spidr.save(path, model)
+            spidr.save(path, model.state_dict())
     assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
@@ -418,9 +420,9 @@ def test_a_run_and_what_it_writes(toy, reference_run, cli):
     assert (reference_run / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_restarted_gives_the_same_bits(toy, reference_run, tmp_path, workers):
-    command = [HERE / "pretrain.py", *SMALL, "--toy", toy, "--out", "run", "--workers", workers]
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_killed_and_restarted_gives_the_same_bits(toy, reference_run, tmp_path, loaders):
+    command = [HERE / "pretrain.py", *SMALL, "--toy", toy, "--out", "run", "--loaders", loaders]
     for signal_, checkpoints in ((signal.SIGKILL, 1), (signal.SIGTERM, 2)):
         process = launch(*command, cwd=tmp_path, wait=False)
         while process.poll() is None and len(list(tmp_path.glob("run/last.pt"))) < 1:
@@ -533,3 +535,231 @@ def test_a_recording_that_goes_bad_is_skipped_and_counted(cli, tmp_path):
     code, _, err = cli(pretrain, *SMALL, "--preset", "tiny", "--manifest", "m.csv", "--max-samples", 16000, "--out", "run")
     assert code == 0 and err.count("skipped:") == 1 and "1.wav: silence" in err
     assert metrics("run", "bad_recordings")[-1] >= 1
+
+
+# ======== meta-training ========
+# Golden values: the released implementation, as above.
+
+
+def s(n, phase):
+    return torch.sin(0.37 * torch.arange(n, dtype=torch.float64) + phase).float()
+
+
+def test_supervised_loss_and_refit_of_the_released_implementation():
+    model = formula_model(32, 3, 64, 2, "layer_norm", 0.0)
+    model.supervised_classifiers["x"] = spidr.Classifier(6, 5)
+    linear = model.supervised_classifiers["x"].output_layer
+    linear.weight.data, linear.bias.data = s(30, 0).view(5, 6), s(5, 0)
+    targets = (5 * torch.arange(18) % 6).view(2, 9)
+    model.frames = lambda wav: (torch.zeros(2, 9, 32), None)
+    model.student.forward = lambda x, valid=None, depth=None: (None, [s(108, 0).view(2, 9, 6)])
+    loss, _ = model.supervised_loss(None, torch.zeros(2, 9, dtype=torch.bool), targets.masked_fill(targets == 5, -100), "x", 1)
+    near(loss.item(), 2.466529130935669)
+
+    head = torch.nn.Linear(6, 4)
+    head.weight.data, head.bias.data = s(24, 0).view(4, 6), s(4, 0)
+    meta_train.fit_heads([head], s(300, 0).view(1, 50, 6), (7 * torch.arange(50) % 4)[None], steps=20, lr=5e-2)
+    near(head.weight[0].tolist(), [-0.010728472843766212, 0.32670286297798157, 0.619916558265686, 0.8292272686958313,
+                                   0.9263061285018921, 0.8980137705802917])
+    near(head.bias.tolist(), [0.12869438529014587, 0.409635454416275, 0.5563896894454956, 0.8368823528289795])
+
+
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = torch.nn.Linear(5, 4)
+        self.register_buffer("stat", torch.zeros(3))
+        self.register_buffer("current_step", torch.zeros(1, dtype=torch.int64))
+        self.set(0)
+
+    def set(self, shift):
+        for t, x in zip((self.lin.weight.data, self.lin.bias.data, self.stat), (s(20, shift), s(4, 1 + shift), s(3, 2 + shift))):
+            t.copy_(x.view(t.shape))
+
+
+@pytest.mark.parametrize("method, golden", [
+    ("foblo", [0.8733751177787781, 0.6576456427574158, 0.3529069423675537, 0.030390135943889618, 0.38069263100624084, 0.6794701814651489, 0.8862845301628113, 0.97314453125]),
+    ("reptile", [0.8422926068305969, 0.6147444844245911, 0.3039935827255249, 0.07833269238471985, 0.42096397280693054, 0.7066197395324707, 0.8966378569602966, 0.9653002619743347])])
+def test_meta_update_of_the_released_implementation(monkeypatch, method, golden):
+    """One episode whose inner loop takes the module to phase 0.5 and whose end is phase 0.9; beta 0.1."""
+    model, phases = Toy(), iter((0.5, 0.9))
+    monkeypatch.setattr(meta_train, "fetch", lambda *_: itertools.repeat({}))
+    monkeypatch.setattr(meta_train, "train_step", lambda model, *_: model.set(next(phases)) or {})
+    o = meta_train.Options(method=method, updates=1, inner_steps=1, outer_steps=1, beta=0.1, workers=1, forgetting=False)
+    phi = [t.clone() for t in meta_train.theta(model)]
+    delta = [torch.zeros_like(t) for t in phi]
+    one = pretrain.Place(0, 1, torch.device("cpu"))
+    *_, (at, _) = meta_train.meta_train(o, model, phi, delta, [None], [0], lambda *_: ("x", 1, 1), one, None, (0, 0, 0))
+    assert at == (1, 0, 0)
+    near([*phi[0], *phi[1].flatten()[:5]], golden)  # stat, lin.weight
+
+
+def test_cyclic_schedules():
+    foblo = {0: 8.75e-8, 1: 1.019375e-7, 300: 4.41875e-6, 600: 8.75e-6, 1799: 8.75e-6, 1800: 7.925e-6, 1999: 8.745875e-6,
+             2000: 1.7e-7, 2600: 1.7e-5, 11999: 4.9995875e-5, 12000: 5e-7, 50000: 5e-7, 51900: 5e-5, 100000: 5e-7,
+             100601: 4.560054196779549e-5, 101800: 4.6022478587658565e-5, 199999: 5.000230263811282e-7}
+    reptile = {1800: 8.75e-6, 11999: 5e-5, 14000: 5e-7, 101800: 4.560054196779549e-5, 150700: 4.56005419677955e-6, 199999: 5e-7}
+    for method, golden in (("foblo", foblo), ("reptile", reptile)):
+        o = meta_train.Options(method=method)
+        near([meta_train.cyclic_lr(step, o) for step in golden], list(golden.values()), 1e-9)
+
+
+def test_tasks_are_chunks_of_a_language():
+    rows = some_rows([160_000] * 400)  # 10 s each, 2,000 s a language
+    o = meta_train.Options(chunk_seconds=600, chunk_min_seconds=100)
+    tasks, again = meta_train.make_tasks(rows, o, 0), meta_train.make_tasks(rows, o, 1)
+    assert sorted(len(r) for _, r in tasks) == [20, 20] + [60] * 6
+    assert sorted(row.fileid for _, r in tasks for row in r) == sorted(row.fileid for row in rows)
+    assert all(row.language == language for language, r in tasks for row in r)
+    assert len(tasks) == len(again) and [r[0] for _, r in tasks] != [r[0] for _, r in again]
+    assert len(meta_train.make_tasks(rows, meta_train.Options(chunk_seconds=950), 0)) == 2 * 2 + 2  # 100 s are a task
+    assert len(meta_train.make_tasks(rows, meta_train.Options(chunk_seconds=975), 0)) == 2 * 2  # 50 s join their neighbour
+    with pytest.raises(InputError, match="language x: 2000 s of audio, a task needs at least"):
+        meta_train.make_tasks(rows, meta_train.Options(chunk_min_seconds=5000), 0)
+
+
+META = ("--toy TOY --init INIT --workers 2 --updates 2 --inner-steps 3 --outer-steps 2 --ramp-steps 2 --lr 1e-3 --log-every 1 "
+        "--save-every 2 --loaders 0 --device cpu --batch-samples 64000 --max-samples 32000 --chunk-seconds 12 "
+        "--chunk-min-seconds 3 --supervised-layer 2").split()
+
+
+def meta(toy, init, *more):
+    return [str({"TOY": toy, "INIT": init}.get(x, x)) for x in META] + list(map(str, more))
+
+
+def phi_of(run):
+    return {k: v for k, v in weights(run).items() if k != "current_step"}
+
+
+@pytest.fixture(scope="session")
+def meta_run(toy, reference_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("meta")
+    code, out, err = launch(HERE / "meta_train.py", *meta(toy, reference_run, "--out", "run"), cwd=folder)
+    assert code == 0 and "2 meta-updates of 2 workers" in out, err
+    return folder / "run"
+
+
+def test_meta_training_moves_phi_and_forgets(meta_run, reference_run):
+    assert len(metrics(meta_run, "relative_delta")) == 2 and min(metrics(meta_run, "relative_delta")) > 0
+    before, after = phi_of(reference_run), phi_of(meta_run)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "student.layers.0.attention.qkv.weight" in moved and "supervised_classifiers.baso.output_layer.weight" in moved
+    assert not any(name.startswith(("teacher.", "codebooks.")) for name in moved)  # supervised steps move neither
+    spidr.load(meta_run)
+
+
+def test_meta_training_identities(cli, toy, reference_run, meta_run):
+    run = lambda *more: cli(meta_train, *meta(toy, reference_run, *more))
+    for args in (["--beta", 0, "--out", "beta"], ["--outer-steps", 0, "--beta", 0.1, "--out", "outer"]):
+        assert run(*args)[0] == 0
+        same(phi_of(args[-1]), phi_of(reference_run))
+    # Reptile with beta 1, one worker, one meta-update and no forgetting is plain training
+    args = ["--method", "reptile", "--beta", 1, "--workers", 1, "--updates", 1, "--no-forgetting", "--out", "plain"]
+    assert run(*args)[0] == 0
+    theta = torch.load(next(Path("plain").glob("worker_0_step_*.pt")), weights_only=True)["model"]
+    same(phi_of("plain"), {k: v for k, v in theta.items() if k != "current_step"}, 1e-6)
+
+
+def test_workers_in_one_process_are_as_many_processes(toy, reference_run, meta_run, tmp_path):
+    code, _, err = launch(HERE / "meta_train.py", *meta(toy, reference_run, "--out", "run"), ranks=2, cwd=tmp_path)
+    assert code == 0, err
+    same(phi_of(tmp_path / "run"), phi_of(meta_run), 1e-6)
+
+
+def test_meta_training_resumes_anywhere(toy, reference_run, meta_run, tmp_path):
+    command = [HERE / "meta_train.py", *meta(toy, reference_run, "--out", "run", "--save-every", 1)]
+    seen = set()
+    for _ in range(3):  # in the inner loop, in the outer loop, between
+        process = launch(*command, cwd=tmp_path, wait=False)
+        while process.poll() is None and {p.name for p in tmp_path.glob("run/worker_0_*")} <= seen:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        process.kill()
+        process.communicate()
+        seen |= {p.name for p in tmp_path.glob("run/worker_0_*")}
+    code, _, err = launch(*command, cwd=tmp_path)
+    assert code == 0, err
+    same(phi_of(tmp_path / "run"), phi_of(meta_run))
+
+
+def test_meta_training_mistakes_are_one_line(cli, toy, reference_run, tmp_path):
+    for args, message in (
+        (["--init", "nowhere"], "nowhere: no such checkpoint"),
+        (["--method", "maml"], "--method maml"),
+        (["--chunk-min-seconds", 10_000], "a task needs at least"),
+        (["--manifest", toy / "train.csv"], "needs --alignments"),
+        (["--supervised-layer", 9], "--supervised-layer 9"),
+    ):
+        code, _, err = cli(meta_train, *meta(toy, reference_run, "--out", "new"), *args)
+        assert code == 2 and message in err and len(err.splitlines()) == 1, (args, err)
+    assert not Path("new").exists()
+
+
+# ======== adaptation ========
+
+
+def test_adaptation(cli, toy, meta_run):
+    small = ["--toy", toy, "--init", meta_run, "--loaders", 0, "--device", "cpu", "--max-samples", 32000, "--batch-samples",
+             64000, "--lr", 1e-2, "--budget", "5s", "--rank-max", 4]
+    init = spidr.load(meta_run).state_dict()
+    for method in ("full", "lora", "dama"):
+        code, out, err = cli(adapt, *small, "--method", method, "--steps", 4, "--save-every", 2, "--out", method)
+        assert code == 0 and "rank" in out and "5" in out, err
+        after = spidr.load(method).state_dict()
+        moved = {name for name in init if not torch.equal(init[name], after[name])}
+        linears = {n for n in moved if n.startswith("student.layers.") and n.endswith("weight") and "norm" not in n}
+        assert len(linears) == 8 and {"heads.0.0.weight", "codebooks.1.codebook"} <= moved
+        assert not any(n.startswith(("feature_", "teacher.", "supervised_")) for n in moved)
+        if method != "full":
+            assert all(n in linears or n.startswith(("heads.", "codebooks.", "current_step")) for n in moved)
+        # the same in two parts, the first ended by a signal
+        pieces = ["--method", method, "--steps", 4, "--save-every", 2, "--out", f"{method}2"]
+        step = adapt.train_step
+        calls = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(adapt, "train_step", lambda *a: (calls.append(1), step(*a), len(calls) == 3 and os.kill(os.getpid(), signal.SIGTERM))[1])
+            assert cli(adapt, *small, *pieces)[0] == 143
+        assert cli(adapt, *small, *pieces)[0] == 0
+        same(weights(method), weights(f"{method}2"))
+
+
+def test_low_rank_adapters():
+    model = formula_model(32, 6, 64, 2, "layer_norm", 0.1).eval()
+    wav = formula_wav(8000, 0.0)
+    with torch.no_grad():
+        before = model.encode(wav)
+    plain = {name: t.clone() for name, t in model.state_dict().items()}
+    adapt.add_adapters(model, adapt.Options(method="dama", rank_max=8, rank_min=2))
+    assert adapt.dama_ranks(6, 8, 2) == [8, 2, 2, 2, 2, 8] and adapt.dama_ranks(12, 32, 2) == [32, 22, 12, 2] + [2] * 4 + [2, 12, 22, 32]
+    with torch.no_grad():
+        assert all(torch.equal(x, y) for x, y in zip(before, model.encode(wav)))  # B = 0
+        same(adapt.merged(model), plain)
+        for name, p in model.named_parameters():
+            if name.endswith(".B"):
+                p.normal_()
+        adapted = model.encode(wav)
+        merged = formula_model(32, 6, 64, 2, "layer_norm", 0.1).eval()
+        merged.load_state_dict(adapt.merged(model))
+        assert all((x - y).abs().max() < 1e-6 for x, y in zip(adapted, merged.encode(wav)))
+
+    def trained(**options):
+        model = SpidR(Config(dim=64, layers=12, heads=4, ffn=256, codebooks=8, codewords=8))
+        adapt.add_adapters(model, adapt.Options(**options))
+        return sum(p.numel() for p in model.student.parameters() if p.requires_grad)
+
+    lora = 12 * 32 * ((64 + 192) + (64 + 64) + 2 * (64 + 256))
+    assert trained(method="lora", rank_max=32) == lora
+    ranks = adapt.dama_ranks(12, 32, 1)
+    assert trained(method="dama", rank_max=32, rank_min=1) == sum(ranks) * (192 + 64 + 256 + 64) < 0.2 * lora
+    assert trained(method="dama", rank_max=32, rank_min=1, basis="middle") == sum(ranks) * (192 + 64 + 256 + 64) + \
+        (sum(ranks) - 4) * (3 * 64 + 256)
+
+
+def test_budgets():
+    rows = some_rows([160_000] * 100)
+    few = adapt.subset(rows, 95, seed=1)
+    assert len(few) == 10 and few == adapt.subset(rows, 95, seed=1) != adapt.subset(rows, 95, seed=2)
+    assert [adapt.parse_seconds(x) for x in ("10min", "1h", "90s", "0.5h")] == [600, 3600, 90, 1800]
+    assert [adapt.steps_for(h) for h in (0.01, 1 / 6, 1, 100, 999)] == [4000, 4000, 8000, 24000, 24000]
+    with pytest.raises(InputError, match="there are only 1000 s"):
+        adapt.subset(rows, 3600, 0)
