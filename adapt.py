@@ -1,10 +1,10 @@
-"""Stage 3: fast adaptation to a new language from unlabelled audio (SpidR-Adapt, section 3, meta-test; DAMA, arXiv 2602.01008).
+"""Stage 3: fast adaptation to a new language from unlabelled audio (SpidR-Adapt, meta-test; DAMA, arXiv 2602.01008).
 
     python adapt.py --init runs/meta                                    a language of the toy world
     python adapt.py --init runs/meta --audio recordings/ [--method full|dama|lora] [--budget 10min|1h|10h|100h]
 
 In: a run or checkpoint of any stage, or a released one, and a folder or manifest of audio. Out: --out, whose last.pt is
-a plain SpidR. At the end, by layer: rank, trained parameters and relative change; with --items also ABX before and after.
+a plain SpidR. At the end, by layer: rank, trained parameters, relative change; with --items also ABX before and after.
 The downsampler, the projection and the teacher stand still; codebooks and heads start afresh (active forgetting).
 """
 
@@ -23,8 +23,21 @@ import model as spidr
 import pretrain
 from meta_train import forget
 from model import require
-from pretrain import (Log, Stop, fetch, finished, lr_at, make_optimizer, open_run, parse_options, save_checkpoint, seed_step,
-                      setup, stopped, train_step)
+from pretrain import (
+    Log,
+    Stop,
+    fetch,
+    finished,
+    lr_at,
+    make_optimizer,
+    open_run,
+    parse_options,
+    save_checkpoint,
+    seed_step,
+    setup,
+    stopped,
+    train_step,
+)
 
 # ======== options ========
 
@@ -112,7 +125,12 @@ def dama_ranks(layers, rank_max, rank_min):
 
 
 def linears(layer):
-    return layer.attention.qkv, layer.attention.proj, layer.feed_forward.intermediate_dense, layer.feed_forward.output_dense
+    return (
+        layer.attention.qkv,
+        layer.attention.proj,
+        layer.feed_forward.intermediate_dense,
+        layer.feed_forward.output_dense,
+    )
 
 
 def add_adapters(model, o):

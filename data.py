@@ -1,6 +1,6 @@
 """Audio in: manifests, reading, batches, masks, alignments, and the toy world.
 
-    python data.py manifest FOLDER OUT.csv     lists a folder's audio, its hours by language, and what was left out and why
+    python data.py manifest FOLDER OUT.csv     lists a folder's audio, hours by language, what was left out and why
     python data.py toy FOLDER                  writes the toy world to listen to
 
 A manifest is a CSV (fileid,path,num_samples[,language][,speaker]; num_frames will do), a fairseq TSV, or just a folder.
@@ -78,17 +78,18 @@ def read_csv(file, path):
     length = "num_frames" if "num_frames" in header else "num_samples"
     for column in ("path", length):
         require(column in header, f"{path}:1: the header has no column {column!r}; it reads {','.join(header)!r}")
-    at = {name: i for i, name in enumerate(header)}
-    folder = "" if path.parent == Path() else path.parent
-    for number, line in enumerate(lines, 2):
-        if not line:
+    at = [header.index(name) if name in header else None for name in ("fileid", "path", length, "language", "speaker")]
+    folder, name = "" if path.parent == Path() else path.parent, str(path)
+    for number, line in enumerate(lines, 2):  # a million times: checks before messages, nothing made in vain
+        if len(line) != len(header):
+            require(not line, f"{name}:{number}: {len(line)} columns, the header has {len(header)}")
             continue
-        where = f"{path}:{number}"
-        require(len(line) == len(header), f"{where}: {len(line)} columns, the header has {len(header)}")
-        language, speaker = (line[at[name]] if name in at else "" for name in ("language", "speaker"))
-        audio = line[at["path"]]
-        fileid = line[at["fileid"]] if "fileid" in at else Path(audio).stem
-        yield Row(fileid, os.path.join(folder, audio), to_length(line[at[length]], where), language, speaker, where)
+        fileid, audio, samples, language, speaker = ("" if i is None else line[i] for i in at)
+        if not samples.isdigit() or samples == "0":
+            raise InputError(f"{name}:{number}: {samples!r} is not a number of samples")
+        yield Row(
+            fileid or Path(audio).stem, os.path.join(folder, audio), int(samples), language, speaker, f"{name}:{number}"
+        )
 
 
 def read_tsv(file, path):
@@ -98,24 +99,21 @@ def read_tsv(file, path):
         if not line.strip():
             continue
         where, parts = f"{path}:{number}", line.rstrip("\r\n").split("\t")
-        require(len(parts) == 2, f"{where}: expected 'relative path<TAB>samples'")
-        yield Row(Path(parts[0]).stem, os.path.join(path.parent, root, parts[0]), to_length(parts[1], where), where=where)
-
-
-def to_length(text, where):
-    require(text.isdigit() and int(text) > 0, f"{where}: {text!r} is not a number of samples")
-    return int(text)
+        require(len(parts) == 2 and parts[1].isdigit(), f"{where}: expected 'relative path<TAB>samples'")
+        yield Row(Path(parts[0]).stem, os.path.join(path.parent, root, parts[0]), int(parts[1]), where=where)
 
 
 def scan_folder(folder):
-    """The rows of a folder's audio (language: the name of the first sub-folder), and (name, why) of what was left out."""
+    """The rows of a folder's audio (language: its first sub-folder), and (name, why) of what was left out."""
     folder = Path(folder)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO)
     require(paths, f"{folder}: no audio in this folder ({', '.join(AUDIO)})")
     stems = Counter(p.stem for p in paths)
     rows, left_out = [], []
     with ThreadPoolExecutor(8) as pool:
-        found = tqdm(pool.map(inspect, paths), total=len(paths), desc=str(folder), unit="file", leave=False, disable=None)
+        found = tqdm(
+            pool.map(inspect, paths), total=len(paths), desc=str(folder), unit="file", leave=False, disable=None
+        )
         for path, (samples, problem) in zip(paths, found):
             name = path.relative_to(folder)
             if problem:
@@ -124,7 +122,10 @@ def scan_folder(folder):
             fileid = path.stem if stems[path.stem] == 1 else str(name.with_suffix(""))
             language = name.parts[0] if len(name.parts) > 1 else ""
             rows.append(Row(fileid, str(path), samples, language, where=str(path)))
-    require(rows, f"{folder}: none of its {len(paths)} files is usable; the first: {' '.join(left_out[0] if left_out else '')}")
+    require(
+        rows,
+        f"{folder}: none of its {len(paths)} files is usable; the first: {' '.join(left_out[0] if left_out else '')}",
+    )
     return rows, left_out
 
 
@@ -162,7 +163,7 @@ def samples_at_16k(frames, rate):
 
 
 def check_audio(rows, minimum, most=2000):
-    """Opens the files (of a long manifest `most` at even distances) before hours are spent: the first bad one is told."""
+    """Opens the files (of a long manifest `most` at even distances) before hours are spent; tells the first bad one."""
     short = next((row for row in rows if row.num_samples < minimum), None)
     if short:
         raise InputError(f"{short.where}: {short.path}: {short.num_samples} samples, under the minimum of {minimum}: "
@@ -185,7 +186,7 @@ def read_audio(path, start=0, samples=None):
             rate = file.samplerate
             g = math.gcd(rate, SAMPLE_RATE)
             new, old = SAMPLE_RATE // g, rate // g  # `new` samples at 16 kHz are `old` of the file, exactly
-            # A little more around the crop: for the resampling filter, and for MP3, whose frames need those before them.
+            # More around the crop, for the resampling filter, and for MP3, whose frames need those before them.
             margin = 16_000 if file.format == "MP3" else 0 if rate == SAMPLE_RATE else 160
             first = max(0, start - margin) // new * new
             count = -1 if samples is None else -(-(start + samples + margin - first) // new) * old
@@ -309,17 +310,22 @@ class Batches:
         self.rows, self.config, self.classes, self.group = rows, config, classes, group
         self.seed, self.budget, self.max_samples = (options.seed, *stream), options.batch_samples, options.max_samples
         self.mask, self.round = (options.mask_prob, options.mask_span), options.crop_multiple
-        require(self.budget >= self.max_samples, f"batch_samples {self.budget} is less than a crop of {self.max_samples}")
+        require(
+            self.budget >= self.max_samples, f"batch_samples {self.budget} is less than a crop of {self.max_samples}"
+        )
         self.lengths = np.minimum([row.num_samples for row in rows], self.max_samples)
         languages = np.array([row.language if classes is not None else "" for row in rows])
         self.buckets = {name: self.make_buckets(np.flatnonzero(languages == name)) for name in sorted(set(languages))}
         self.per_epoch = len(self.order(0))
         count = sum(-(-len(bucket) // size) for buckets in self.buckets.values() for bucket, size in buckets)
-        require(self.per_epoch, f"{count} batches are too few for {group} ranks x micro-batches: fewer ranks, a smaller "
-                "batch_samples, or more audio")
+        require(
+            self.per_epoch,
+            f"{count} batches are too few for {group} ranks x micro-batches: fewer ranks, a smaller "
+            "batch_samples, or more audio",
+        )
 
     def make_buckets(self, index, ratio=1.2):
-        """[(utterances, how many make a batch)]: by length, the longest of a bucket at most `ratio` times the shortest."""
+        """[(utterances, how many make a batch)]: the longest of a bucket is at most `ratio` times the shortest."""
         index = index[np.argsort(self.lengths[index], kind="stable")]
         lengths, buckets, first = self.lengths[index], [], 0
         while first < len(index):
@@ -362,10 +368,12 @@ class Batches:
             if self.classes is not None:
                 phones.append(phones_of_crop(self.classes[row.fileid], start, frames))
         mask = make_mask(len(wavs), frames, np.random.default_rng([*self.seed, epoch, at, 2]), *self.mask)
-        batch = {"wav": torch.stack(wavs) if wavs else torch.zeros(0, crop), "mask": torch.from_numpy(mask), "bad": bad}
+        if not wavs:  # all bad: the ranks still have to meet, so noise of which nothing is masked or labelled
+            wavs, mask, phones = [torch.randn(crop)], np.zeros((1, frames), dtype=bool), [np.full(frames, IGNORED)]
+        batch = {"wav": torch.stack(wavs), "mask": torch.from_numpy(mask), "bad": bad}
         if self.classes is not None:
             batch["language"] = self.rows[index[0]].language
-            batch["phones"] = torch.from_numpy(np.array(phones, dtype=np.int64).reshape(len(wavs), frames))
+            batch["phones"] = torch.from_numpy(np.array(phones, dtype=np.int64))
         return batch
 
 

@@ -25,8 +25,23 @@ import data
 import model as spidr
 import pretrain
 from model import Config, SpidR, all_sum, require
-from pretrain import (Log, Place, Stop, autocast, barrier, fetch, finished, lr_at, make_optimizer, open_run, parse_options,
-                      seed_step, setup, stopped, train_step)
+from pretrain import (
+    Log,
+    Place,
+    Stop,
+    autocast,
+    barrier,
+    fetch,
+    finished,
+    lr_at,
+    make_optimizer,
+    open_run,
+    parse_options,
+    seed_step,
+    setup,
+    stopped,
+    train_step,
+)
 
 # ======== options ========
 
@@ -69,7 +84,7 @@ PRESETS = {
 
 
 def cyclic_lr(step, o):
-    """In an episode: a linear ramp to the envelope (lr_at) at the episode's end. Supervised steps: the envelope itself."""
+    """In an episode a linear ramp to the envelope (lr_at) of its end; in supervised steps the envelope itself."""
     length = o.inner_steps + o.outer_steps
     start = step - step % length
     if o.method == "foblo" and step - start >= o.inner_steps:
@@ -83,7 +98,7 @@ def cyclic_lr(step, o):
 
 
 def make_tasks(rows, o, draw):
-    """[(language, rows)]: each language's audio cut into chunks, anew with each draw; how many there are is the same."""
+    """[(language, rows)]: each language's audio cut into chunks, anew with each draw, always as many."""
     by_language, tasks = defaultdict(list), []
     for row in rows:
         require(row.language, f"{row.where}: meta-training needs the language of every recording")
@@ -123,7 +138,11 @@ class Episodes:
         unlabelled = data.Batches(rows, self.config, o, self.group, stream=(6, number))
         if o.method == "reptile" or not o.outer_steps:
             return language, unlabelled, None
-        return language, unlabelled, data.Batches(self.labelled[language], self.config, o, self.group, self.classes, (7, number))
+        return (
+            language,
+            unlabelled,
+            data.Batches(self.labelled[language], self.config, o, self.group, self.classes, (7, number)),
+        )
 
 
 # ======== active forgetting (SpidR-Adapt, section 3) ========
@@ -175,7 +194,7 @@ def add(vectors, others, scale):
 
 def meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, at):
     """The bi-level loop, for the workers of this process, from `at` = (meta-update, which of them, step) on. Yields the
-    same after every step, with its metrics, and (meta-update, 0, 0) after a meta-update: one may stop at any of these."""
+    same after every step, with its metrics, and (meta-update, 0, 0) after a meta-update: one may stop at any."""
     length = o.inner_steps + o.outer_steps
     inner = o.inner_steps if o.method == "foblo" else length  # Reptile has no labels: all steps are self-supervised
     for update in range(at[0], o.updates):
@@ -196,7 +215,9 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, a
                     forget(model, micro_batches, o, team, (o.seed, step, worker, 8), step_seed)
                 seed_step(*step_seed)
                 lr = cyclic_lr(step, o)
-                metrics = train_step(model, optimizers[i], micro_batches, lr, o, team, o.supervised_layer if supervised else 0)
+                metrics = train_step(
+                    model, optimizers[i], micro_batches, lr, o, team, o.supervised_layer if supervised else 0
+                )
                 if o.method == "foblo" and s + 1 == inner:
                     add(delta, theta(model), -1)  # theta_M
                 yield (update, i, s + 1), metrics | {"lr": torch.tensor(lr)}
@@ -217,7 +238,7 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, a
 
 
 def lay_out(o, place):
-    """The workers of this process and its team: workers x ranks in the former's process groups, or several a process."""
+    """The workers of this process, its place among the ranks of its worker, and their process group."""
     require(place.world % o.workers == 0 or o.workers % place.world == 0,
             f"{o.workers} workers and {place.world} ranks: one must divide the other")
     size = max(1, place.world // o.workers)
@@ -231,9 +252,15 @@ def lay_out(o, place):
 
 def initial_model(o, place):
     if o.init == "random":
-        print("warning: a random initialisation; the papers find that meta-training does not converge from one", file=sys.stderr)
+        print(
+            "warning: a random initialisation; the papers find that meta-training does not converge from one",
+            file=sys.stderr,
+        )
         config = Config(**spidr.PRESETS[o.preset])
-        model, inventory = SpidR(replace(config, layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=1.0)), {}
+        model, inventory = (
+            SpidR(replace(config, layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=1.0)),
+            {},
+        )
     else:
         model = spidr.load(o.init, layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=1.0)
         inventory = spidr.read_checkpoint(o.init)[1].get("inventories", {})
@@ -312,8 +339,14 @@ def worker_file(o, place, done):
 
 
 def save(o, place, model, phi, delta, optimizers, done, at, log, inventory):
-    """Each process writes what it alone knows; then last.pt, which names the step, makes it count; then the old ones go."""
-    spidr.save(worker_file(o, place, done), model.state_dict(), phi=phi, delta=delta, optimizers=[x.state_dict() for x in optimizers])
+    """Each process writes what it alone knows; then last.pt, naming the step, makes it count; then the old ones go."""
+    spidr.save(
+        worker_file(o, place, done),
+        model.state_dict(),
+        phi=phi,
+        delta=delta,
+        optimizers=[x.state_dict() for x in optimizers],
+    )
     barrier()
     if place.first:
         theta_now = [t.clone() for t in theta(model)]
@@ -330,9 +363,18 @@ def save(o, place, model, phi, delta, optimizers, done, at, log, inventory):
 
 def summary(o, log):
     s = log.state
-    print(f"{o.out}: {o.method}, {o.updates} meta-updates of {o.workers} workers, {s['audio_seconds'] / 3600:.1f} h of audio, "
-          f"{s['seconds'] / 60:.1f} min; {s['skipped']} steps skipped")
-    print("last:", *(f"{name} {log.record[name]:.3f}" for name in ("loss", "target_ppl", "phone_loss", "phone_accuracy") if name in log.record))
+    print(
+        f"{o.out}: {o.method}, {o.updates} meta-updates of {o.workers} workers, {s['audio_seconds'] / 3600:.1f} h, "
+        f"{s['seconds'] / 60:.1f} min; {s['skipped']} steps skipped"
+    )
+    print(
+        "last:",
+        *(
+            f"{name} {log.record[name]:.3f}"
+            for name in ("loss", "target_ppl", "phone_loss", "phone_accuracy")
+            if name in log.record
+        ),
+    )
     print(f"next: python adapt.py --init {o.out} --audio FOLDER")
 
 

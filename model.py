@@ -241,7 +241,9 @@ class Attention(nn.Module):
 
     def forward(self, x, valid=None):  # [B, T, D]
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # [B, heads, T, D/heads]
+        q, k, v = (
+            self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        )  # [B, heads, T, D/heads]
         mask = None if valid is None else valid[:, None, None]  # padding is no key
         x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
@@ -288,7 +290,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
     def forward(self, x, valid=None, depth=None):
-        """The residual stream after the last layer [B, T, D], and the outputs of layers 1 to depth, a list of the same."""
+        """The residual stream after layer `depth`, [B, T, D], and the list of the outputs of the layers up to it."""
         x = self.dropout(self.layer_norm(x + self.pos_conv_embed(x, valid)))
         outputs = []
         for layer in self.layers[:depth]:
@@ -335,7 +337,7 @@ class SpidR(nn.Module):
         self.feature_projection = Projection(config)
         self.mask_embedding = nn.Parameter(torch.rand(config.dim))
         self.student = Transformer(config)
-        # The teacher starts from weights of its own: with the student's, its first targets would be the student's input.
+        # The teacher starts from weights of its own, not from the student's.
         self.teacher = Transformer(config).requires_grad_(False)
         self.heads = nn.ModuleList(nn.Sequential(nn.Linear(config.dim, config.codewords)) for _ in config.target_layers)
         self.codebooks = nn.ModuleList(Codebook(config) for _ in config.target_layers)
@@ -364,7 +366,7 @@ class SpidR(nn.Module):
         return self.feature_projection(features), valid_frames(lengths, features.shape[1], wav.device)
 
     def encode(self, wav, lengths=None):
-        """wav [B, N], standardised; lengths [B] in samples where it is padded -> outputs of layers 1..L, [B, T, D] each."""
+        """Standardised wav [B, N], padded where lengths [B] says so -> the outputs of layers 1..L, [B, T, D] each."""
         return self.student(*self.frames(wav, lengths))[1]
 
     def units(self, wav, lengths=None):
@@ -374,7 +376,7 @@ class SpidR(nn.Module):
 
     def head_inputs(self, stream, outputs):
         # SpidR's one change to DinoSR's objective. With every head on the last layer, nothing ties a lower layer of the
-        # student to the codebook made of its own teacher layer, and codebooks collapse; a head a layer keeps them alive.
+        # student to the codebook of its own teacher layer, and codebooks collapse; a head a layer keeps them alive.
         if self.config.objective == "dinosr":
             return [stream] * self.config.codebooks
         return outputs[-self.config.codebooks :]
@@ -392,7 +394,7 @@ class SpidR(nn.Module):
         log_probs = torch.stack([head(x) for head, x in zip(self.heads, z)]).log_softmax(-1)  # [K, M, V]
         losses = -log_probs.gather(-1, labels[..., None])[..., 0]  # [K, M]
         metrics = self.account(losses.detach(), log_probs.detach(), labels, targets, commit)
-        return losses.mean(), metrics
+        return losses.sum() / max(1, losses.numel()), metrics  # a batch may be without a single masked frame
 
     def masked_frames(self, wav, mask, lengths=None):
         """What the heads read, K times [M, D], and what their codebooks sort, [K, M, D], at the masked frames."""
@@ -420,7 +422,7 @@ class SpidR(nn.Module):
     def account(self, losses, log_probs, labels, targets, commit):
         """Sums over the step's micro-batches and ranks; from them the codebook update and the metrics."""
         (K, M), V, D = labels.shape, self.config.codewords, self.config.dim
-        slot = (labels + V * torch.arange(K, device=labels.device)[:, None]).flatten()  # codeword v of codebook k: k V + v
+        slot = (labels + V * torch.arange(K, device=labels.device)[:, None]).flatten()  # k V + v
         one_hot_sum = torch.zeros(K * V, device=slot.device).index_add_(0, slot, torch.ones(K * M, device=slot.device))
         target_sum = torch.zeros(K * V, D, device=slot.device).index_add_(0, slot, targets.float().flatten(0, 1))
         hits = (log_probs.argmax(-1) == labels).sum(1)
@@ -469,10 +471,12 @@ class SpidR(nn.Module):
             classifier = Classifier(self.config.dim, phones).to(self.mask_embedding.device)
             self.supervised_classifiers[language] = classifier
         have = self.supervised_classifiers[language].output_layer.out_features
-        require(have == phones, f"language {language}: the model tells {have} phones apart, the alignments have {phones}")
+        require(
+            have == phones, f"language {language}: the model tells {have} phones apart, the alignments have {phones}"
+        )
 
     def supervised_loss(self, wav, mask, phones, language, layer):
-        """Frame-wise cross-entropy of the phones [B, T], -100 where none counts, read off `layer` of the masked input."""
+        """Mean cross-entropy of the phones [B, T], -100 where none counts, read off `layer` of the masked input."""
         x, _ = self.frames(wav)
         x = torch.where(mask.to(x.device)[..., None], self.mask_embedding.to(x.dtype), x)
         _, outputs = self.student(x, depth=layer)
@@ -516,7 +520,7 @@ def all_sum(x, group=None):
 
 
 def save(path, state, **more):
-    """A checkpoint in the released format, to a temporary name first: a crash or a full disk leaves the old one whole."""
+    """A checkpoint in the released format, under a temporary name first: a full disk leaves the old one whole."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -4,10 +4,12 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 
 import adapt
 import data
+import evaluate
 import meta_train
 import model as spidr
 import pretrain
@@ -206,7 +209,10 @@ def test_the_released_implementation_s_numbers(name):
     model = formula_model(*g["shape"])
     model.config.objective = "dinosr"
     loss, metrics = model(wav, mask)
-    near([loss.item(), metrics["target_ppl"], metrics["pred_ppl"]], [g["dinosr_loss"], g["target_ppl"], g["dinosr_pred_ppl"]])
+    near(
+        [loss.item(), metrics["target_ppl"], metrics["pred_ppl"]],
+        [g["dinosr_loss"], g["target_ppl"], g["dinosr_pred_ppl"]],
+    )
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -340,7 +346,9 @@ def some_rows(lengths):
 
 def test_batches_are_the_same_for_any_number_of_ranks(monkeypatch):
     rows = some_rows(np.random.default_rng(0).integers(20_000, 400_000, 300))
-    monkeypatch.setattr(data, "read_audio", lambda path, start, n: torch.randn(n, generator=torch.Generator().manual_seed(start)))
+    monkeypatch.setattr(
+        data, "read_audio", lambda path, start, n: torch.randn(n, generator=torch.Generator().manual_seed(start))
+    )
     o = pretrain.Options(batch_samples=1_000_000, crop_multiple=1, seed=3)
     batches, again = (data.Batches(rows, Config(), o, group=4) for _ in range(2))
     assert batches.per_epoch % 4 == 0
@@ -379,7 +387,11 @@ def test_manifests(tmp_path, cli):
     code, out, _ = cli(data, "manifest", "in", "m.csv")
     assert code == 0 and "bad.wav: not audio" in out and "silent.wav: silent" in out and "3 recordings" in out
     rows = data.read_manifest(tmp_path / "m.csv")
-    assert [(r.fileid, r.num_samples, r.language) for r in rows] == [("x", 16000, "aa"), ("y", 32000, "aa"), ("z", 48000, "")]
+    assert [(r.fileid, r.num_samples, r.language) for r in rows] == [
+        ("x", 16000, "aa"),
+        ("y", 32000, "aa"),
+        ("z", 48000, ""),
+    ]
     assert [r[:4] for r in rows] == [r[:4] for r in data.read_manifest(tmp_path / "in")]
     assert cli(data, "manifest", "in", "m.csv")[0] == 2  # nothing is overwritten
     (tmp_path / "m.tsv").write_text(f"{tmp_path}/in\naa/x.wav\t16000\nz.wav\t48000\n")
@@ -403,8 +415,23 @@ def reference_run(toy, tmp_path_factory):
 def test_a_run_and_what_it_writes(toy, reference_run, cli):
     assert sorted(p.name for p in reference_run.iterdir()) == ["config.json", "last.pt", "metrics.jsonl", "step_12.pt"]
     first = json.loads(open(reference_run / "metrics.jsonl").readline())
-    assert first["options"]["dim" if "dim" in first["options"] else "steps"] == 12 and first["torch"] and first["parameters"]
-    names = ("loss", "target_ppl", "pred_ppl", "accuracy", "active", "usage_entropy", "grad_norm", "phone_loss", "lr", "loss_0")
+    assert (
+        first["options"]["dim" if "dim" in first["options"] else "steps"] == 12
+        and first["torch"]
+        and first["parameters"]
+    )
+    names = (
+        "loss",
+        "target_ppl",
+        "pred_ppl",
+        "accuracy",
+        "active",
+        "usage_entropy",
+        "grad_norm",
+        "phone_loss",
+        "lr",
+        "loss_0",
+    )
     for name in names:
         assert len(metrics(reference_run, name)) == 4 and np.isfinite(metrics(reference_run, name)).all()
     assert metrics(reference_run, "skipped") == [0, 0, 0, 0]
@@ -489,7 +516,9 @@ def test_bad_manifests_are_one_line(cli, tmp_path, text):
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     (tmp_path / "text.wav").write_text("words")
     (tmp_path / "m.csv").write_text(text)
-    code, _, err = cli(pretrain, *SMALL, "--preset", "tiny", "--manifest", "m.csv", "--batch-samples", "32000", "--out", "new")
+    code, _, err = cli(
+        pretrain, *SMALL, "--preset", "tiny", "--manifest", "m.csv", "--batch-samples", "32000", "--out", "new"
+    )
     assert code == 2 and BAD_MANIFESTS[text] in err and len(err.splitlines()) == 1
     assert not (tmp_path / "new").exists()
 
@@ -531,8 +560,12 @@ def test_a_recording_that_goes_bad_is_skipped_and_counted(cli, tmp_path):
         write_tone(tmp_path / f"{i}.wav", rate=(8000, 16000, 44100)[i % 3], channels=1 + i % 2, seconds=3)
     cli(data, "manifest", ".", "m.csv")
     x, _ = soundfile.read(tmp_path / "1.wav")
-    soundfile.write(tmp_path / "1.wav", np.concatenate([0 * x[: len(x) * 2 // 3], x[: len(x) // 3]]), 16000)  # now and then silent
-    code, _, err = cli(pretrain, *SMALL, "--preset", "tiny", "--manifest", "m.csv", "--max-samples", 16000, "--out", "run")
+    soundfile.write(
+        tmp_path / "1.wav", np.concatenate([0 * x[: len(x) * 2 // 3], x[: len(x) // 3]]), 16000
+    )  # now and then silent
+    code, _, err = cli(
+        pretrain, *SMALL, "--preset", "tiny", "--manifest", "m.csv", "--max-samples", 16000, "--out", "run"
+    )
     assert code == 0 and err.count("skipped:") == 1 and "1.wav: silence" in err
     assert metrics("run", "bad_recordings")[-1] >= 1
 
@@ -553,7 +586,9 @@ def test_supervised_loss_and_refit_of_the_released_implementation():
     targets = (5 * torch.arange(18) % 6).view(2, 9)
     model.frames = lambda wav: (torch.zeros(2, 9, 32), None)
     model.student.forward = lambda x, valid=None, depth=None: (None, [s(108, 0).view(2, 9, 6)])
-    loss, _ = model.supervised_loss(None, torch.zeros(2, 9, dtype=torch.bool), targets.masked_fill(targets == 5, -100), "x", 1)
+    loss, _ = model.supervised_loss(
+        None, torch.zeros(2, 9, dtype=torch.bool), targets.masked_fill(targets == 5, -100), "x", 1
+    )
     near(loss.item(), 2.466529130935669)
 
     head = torch.nn.Linear(6, 4)
@@ -573,19 +608,51 @@ class Toy(torch.nn.Module):
         self.set(0)
 
     def set(self, shift):
-        for t, x in zip((self.lin.weight.data, self.lin.bias.data, self.stat), (s(20, shift), s(4, 1 + shift), s(3, 2 + shift))):
+        for t, x in zip(
+            (self.lin.weight.data, self.lin.bias.data, self.stat), (s(20, shift), s(4, 1 + shift), s(3, 2 + shift))
+        ):
             t.copy_(x.view(t.shape))
 
 
-@pytest.mark.parametrize("method, golden", [
-    ("foblo", [0.8733751177787781, 0.6576456427574158, 0.3529069423675537, 0.030390135943889618, 0.38069263100624084, 0.6794701814651489, 0.8862845301628113, 0.97314453125]),
-    ("reptile", [0.8422926068305969, 0.6147444844245911, 0.3039935827255249, 0.07833269238471985, 0.42096397280693054, 0.7066197395324707, 0.8966378569602966, 0.9653002619743347])])
+@pytest.mark.parametrize(
+    "method, golden",
+    [
+        (
+            "foblo",
+            [
+                0.8733751177787781,
+                0.6576456427574158,
+                0.3529069423675537,
+                0.030390135943889618,
+                0.38069263100624084,
+                0.6794701814651489,
+                0.8862845301628113,
+                0.97314453125,
+            ],
+        ),
+        (
+            "reptile",
+            [
+                0.8422926068305969,
+                0.6147444844245911,
+                0.3039935827255249,
+                0.07833269238471985,
+                0.42096397280693054,
+                0.7066197395324707,
+                0.8966378569602966,
+                0.9653002619743347,
+            ],
+        ),
+    ],
+)
 def test_meta_update_of_the_released_implementation(monkeypatch, method, golden):
     """One episode whose inner loop takes the module to phase 0.5 and whose end is phase 0.9; beta 0.1."""
     model, phases = Toy(), iter((0.5, 0.9))
     monkeypatch.setattr(meta_train, "fetch", lambda *_: itertools.repeat({}))
     monkeypatch.setattr(meta_train, "train_step", lambda model, *_: model.set(next(phases)) or {})
-    o = meta_train.Options(method=method, updates=1, inner_steps=1, outer_steps=1, beta=0.1, workers=1, forgetting=False)
+    o = meta_train.Options(
+        method=method, updates=1, inner_steps=1, outer_steps=1, beta=0.1, workers=1, forgetting=False
+    )
     phi = [t.clone() for t in meta_train.theta(model)]
     delta = [torch.zeros_like(t) for t in phi]
     one = pretrain.Place(0, 1, torch.device("cpu"))
@@ -595,10 +662,33 @@ def test_meta_update_of_the_released_implementation(monkeypatch, method, golden)
 
 
 def test_cyclic_schedules():
-    foblo = {0: 8.75e-8, 1: 1.019375e-7, 300: 4.41875e-6, 600: 8.75e-6, 1799: 8.75e-6, 1800: 7.925e-6, 1999: 8.745875e-6,
-             2000: 1.7e-7, 2600: 1.7e-5, 11999: 4.9995875e-5, 12000: 5e-7, 50000: 5e-7, 51900: 5e-5, 100000: 5e-7,
-             100601: 4.560054196779549e-5, 101800: 4.6022478587658565e-5, 199999: 5.000230263811282e-7}
-    reptile = {1800: 8.75e-6, 11999: 5e-5, 14000: 5e-7, 101800: 4.560054196779549e-5, 150700: 4.56005419677955e-6, 199999: 5e-7}
+    foblo = {
+        0: 8.75e-8,
+        1: 1.019375e-7,
+        300: 4.41875e-6,
+        600: 8.75e-6,
+        1799: 8.75e-6,
+        1800: 7.925e-6,
+        1999: 8.745875e-6,
+        2000: 1.7e-7,
+        2600: 1.7e-5,
+        11999: 4.9995875e-5,
+        12000: 5e-7,
+        50000: 5e-7,
+        51900: 5e-5,
+        100000: 5e-7,
+        100601: 4.560054196779549e-5,
+        101800: 4.6022478587658565e-5,
+        199999: 5.000230263811282e-7,
+    }
+    reptile = {
+        1800: 8.75e-6,
+        11999: 5e-5,
+        14000: 5e-7,
+        101800: 4.560054196779549e-5,
+        150700: 4.56005419677955e-6,
+        199999: 5e-7,
+    }
     for method, golden in (("foblo", foblo), ("reptile", reptile)):
         o = meta_train.Options(method=method)
         near([meta_train.cyclic_lr(step, o) for step in golden], list(golden.values()), 1e-9)
@@ -613,14 +703,19 @@ def test_tasks_are_chunks_of_a_language():
     assert all(row.language == language for language, r in tasks for row in r)
     assert len(tasks) == len(again) and [r[0] for _, r in tasks] != [r[0] for _, r in again]
     assert len(meta_train.make_tasks(rows, meta_train.Options(chunk_seconds=950), 0)) == 2 * 2 + 2  # 100 s are a task
-    assert len(meta_train.make_tasks(rows, meta_train.Options(chunk_seconds=975), 0)) == 2 * 2  # 50 s join their neighbour
+    assert (
+        len(meta_train.make_tasks(rows, meta_train.Options(chunk_seconds=975), 0)) == 2 * 2
+    )  # 50 s join their neighbour
     with pytest.raises(InputError, match="language x: 2000 s of audio, a task needs at least"):
         meta_train.make_tasks(rows, meta_train.Options(chunk_min_seconds=5000), 0)
 
 
-META = ("--toy TOY --init INIT --workers 2 --updates 2 --inner-steps 3 --outer-steps 2 --ramp-steps 2 --lr 1e-3 --log-every 1 "
-        "--save-every 2 --loaders 0 --device cpu --batch-samples 64000 --max-samples 32000 --chunk-seconds 12 "
-        "--chunk-min-seconds 3 --supervised-layer 2").split()
+META = (
+    "--toy TOY --init INIT --workers 2 --updates 2 --inner-steps 3 --outer-steps 2 --ramp-steps 2 --lr 1e-3 "
+    "--log-every 1 "
+    "--save-every 2 --loaders 0 --device cpu --batch-samples 64000 --max-samples 32000 --chunk-seconds 12 "
+    "--chunk-min-seconds 3 --supervised-layer 2"
+).split()
 
 
 def meta(toy, init, *more):
@@ -643,7 +738,9 @@ def test_meta_training_moves_phi_and_forgets(meta_run, reference_run):
     assert len(metrics(meta_run, "relative_delta")) == 2 and min(metrics(meta_run, "relative_delta")) > 0
     before, after = phi_of(reference_run), phi_of(meta_run)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert "student.layers.0.attention.qkv.weight" in moved and "supervised_classifiers.baso.output_layer.weight" in moved
+    assert (
+        "student.layers.0.attention.qkv.weight" in moved and "supervised_classifiers.baso.output_layer.weight" in moved
+    )
     assert not any(name.startswith(("teacher.", "codebooks.")) for name in moved)  # supervised steps move neither
     spidr.load(meta_run)
 
@@ -699,8 +796,26 @@ def test_meta_training_mistakes_are_one_line(cli, toy, reference_run, tmp_path):
 
 
 def test_adaptation(cli, toy, meta_run):
-    small = ["--toy", toy, "--init", meta_run, "--loaders", 0, "--device", "cpu", "--max-samples", 32000, "--batch-samples",
-             64000, "--lr", 1e-2, "--budget", "5s", "--rank-max", 4]
+    small = [
+        "--toy",
+        toy,
+        "--init",
+        meta_run,
+        "--loaders",
+        0,
+        "--device",
+        "cpu",
+        "--max-samples",
+        32000,
+        "--batch-samples",
+        64000,
+        "--lr",
+        1e-2,
+        "--budget",
+        "5s",
+        "--rank-max",
+        4,
+    ]
     init = spidr.load(meta_run).state_dict()
     for method in ("full", "lora", "dama"):
         code, out, err = cli(adapt, *small, "--method", method, "--steps", 4, "--save-every", 2, "--out", method)
@@ -717,7 +832,11 @@ def test_adaptation(cli, toy, meta_run):
         step = adapt.train_step
         calls = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(adapt, "train_step", lambda *a: (calls.append(1), step(*a), len(calls) == 3 and os.kill(os.getpid(), signal.SIGTERM))[1])
+            patch.setattr(
+                adapt,
+                "train_step",
+                lambda *a: (calls.append(1), step(*a), len(calls) == 3 and os.kill(os.getpid(), signal.SIGTERM))[1],
+            )
             assert cli(adapt, *small, *pieces)[0] == 143
         assert cli(adapt, *small, *pieces)[0] == 0
         same(weights(method), weights(f"{method}2"))
@@ -730,7 +849,9 @@ def test_low_rank_adapters():
         before = model.encode(wav)
     plain = {name: t.clone() for name, t in model.state_dict().items()}
     adapt.add_adapters(model, adapt.Options(method="dama", rank_max=8, rank_min=2))
-    assert adapt.dama_ranks(6, 8, 2) == [8, 2, 2, 2, 2, 8] and adapt.dama_ranks(12, 32, 2) == [32, 22, 12, 2] + [2] * 4 + [2, 12, 22, 32]
+    assert adapt.dama_ranks(6, 8, 2) == [8, 2, 2, 2, 2, 8] and adapt.dama_ranks(12, 32, 2) == [32, 22, 12, 2] + [
+        2
+    ] * 4 + [2, 12, 22, 32]
     with torch.no_grad():
         assert all(torch.equal(x, y) for x, y in zip(before, model.encode(wav)))  # B = 0
         same(adapt.merged(model), plain)
@@ -763,3 +884,420 @@ def test_budgets():
     assert [adapt.steps_for(h) for h in (0.01, 1 / 6, 1, 100, 999)] == [4000, 4000, 8000, 24000, 24000]
     with pytest.raises(InputError, match="there are only 1000 s"):
         adapt.subset(rows, 3600, 0)
+
+
+# ======== evaluation ========
+# The ABX numbers are fastabx 0.9.0's on the items and features of `abx_world`.
+
+GOLDEN_ABX = {
+    ("angular", "within", "within"): 0.146044,
+    ("angular", "within", "any"): 0.140348,
+    ("angular", "across", "within"): 0.470004,
+    ("angular", "across", "any"): 0.470462,
+    ("euclidean", "within", "within"): 0.082544,
+    ("euclidean", "within", "any"): 0.081195,
+    ("euclidean", "across", "within"): 0.405840,
+    ("euclidean", "across", "any"): 0.405882,
+    ("identity", "within", "within"): 0.373238,
+    ("identity", "within", "any"): 0.364363,
+    ("identity", "across", "within"): 0.502062,
+    ("identity", "across", "any"): 0.499976,
+}
+
+
+def abx_world(folder):
+    """An item file, {file: [T, 3]}: 4 phones, 3 speakers, 2 contexts, 1 to 9 frames a token, exact ties and copies.
+
+    Onsets and offsets lie exactly on the centres of frames, where binary floating point would lose some of them.
+    """
+    features, lines = {f"f{n}": [] for n in range(3)}, ["#file onset offset #phone prev-phone next-phone speaker"]
+    for i in range(144):
+        file, phone, speaker, context = f"f{i % 3}", i * i % 4 + i % 2, i // 4 % 3, i // 12 % 2
+        source = i - 36 if i % 5 == 0 and i >= 36 else i  # every fifth repeats an earlier one
+        t = torch.arange(1 + 5 * source % 9, dtype=torch.float64)[:, None]
+        d = torch.arange(3, dtype=torch.float64)
+        x = torch.sin(1.3 * phone * (d + 1) + 0.8 * speaker) + 1.2 * torch.sin(12.9 * source + 4.1 * t + 7.7 * d)
+        x = x.float() if speaker else (x * 1.5).round().float() + 0.25  # the first speaker on a grid: ties
+        at = sum(map(len, features[file]))
+        lines.append(
+            f"{file} {(2 * at + 1) / 100:.2f} {(2 * (at + len(x)) - 1) / 100:.2f} p{phone} c{context} c s{speaker}"
+        )
+        features[file] += [x, torch.full((1, 3), 9.0)]
+    path = folder / "x.item"
+    path.write_text("\n".join(lines) + "\n")
+    return {file: torch.cat(x) for file, x in features.items()}, path
+
+
+@pytest.mark.parametrize("distance", ["angular", "euclidean", "identity"])
+def test_abx_equals_fastabx(tmp_path, distance):
+    features, items = abx_world(tmp_path)
+    if distance == "identity":
+        features = {file: (x[:, 0] > 0).long() for file, x in features.items()}
+    for speaker, context in itertools.product(("within", "across"), ("within", "any")):
+        found = evaluate.abx(features, items, speaker=speaker, context=context, distance=distance)
+        assert found / 100 == pytest.approx(GOLDEN_ABX[distance, speaker, context], abs=1e-4)
+
+
+def test_abx_subsampled(tmp_path):
+    features, items = abx_world(tmp_path)
+    options = dict(speaker="across", context="any", max_size_group=5, max_x_across=1)
+    found = [evaluate.abx_details(features, items, seed=seed, **options) for seed in range(12)]
+    full = evaluate.abx_details(features, items, speaker="across", context="any")
+    assert all(one["triples"] == one["cells"] * 125 for one in found) and full["cells"] == 2 * found[0]["cells"]
+    errors = torch.tensor([one["error"] for one in found])
+    assert errors.std() > 0 and abs(errors.mean() - full["error"]) < 4 * errors.std() / math.sqrt(len(errors))
+    assert found[0] == evaluate.abx_details(features, items, seed=0, **options)
+
+
+def test_abx_says_what_it_leaves_out(tmp_path):
+    features, items = abx_world(tmp_path)
+    with open(items, "a") as file:
+        file.write("f0 0.011 0.012 p0 c0 c s0\nnone 0 1 p0 c0 c s0\nf1 0.01 99 p0 c0 c s0\n")
+    note = evaluate.abx_details(features, items)["note"]
+    assert note.count("1 of 147 items") == 3
+    lines = [line for line in items.read_text().splitlines() if line.endswith(("speaker", "s0"))]
+    items.write_text("\n".join(lines))
+    with pytest.raises(InputError, match="no cell .* 1 speaker"):
+        evaluate.abx(features, items, speaker="across")
+    items.write_text("\n".join(lines + ["f0 0.1 x p0 c0 c s0"]))
+    with pytest.raises(InputError, match=rf"{items.name}:{len(lines) + 1}: not an item"):
+        evaluate.abx(features, items)
+
+
+def test_quality():
+    units = {f: [(i * i + 3 * n) % 5 for i in range(40 + n)] for n, f in enumerate("abc")}
+    phones = {f: ["xyz"[i // 4 % 3] for i in range(2 * len(units[f]) + n)] for n, f in enumerate("abc")}
+    pairs = [pair for f in units for pair in zip(phones[f], [u for u in units[f] for _ in range(2)])]
+    n, p, u = len(pairs), Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    joint = Counter(pairs)
+    information = sum(c / n * math.log2(c * n / p[a] / u[b]) for (a, b), c in joint.items())
+    h = [-sum(c / n * math.log2(c / n) for c in count.values()) for count in (p, u)]
+    runs = sum(len(list(itertools.groupby(x))) for x in units.values())
+    expected = dict(pnmi=information / h[0], phone_purity=sum(max(joint[a, b] for a in p) for b in u) / n,
+                    cluster_purity=sum(max(joint[a, b] for b in u) for a in p) / n, perplexity=2 ** h[1], active=len(u),
+                    bitrate=3 * runs / (sum(map(len, units.values())) / 50))
+    assert evaluate.quality(units, phones, codewords=8) == pytest.approx(expected)
+    with pytest.raises(InputError, match="^c: 42 units"):
+        evaluate.quality(units, phones | {"c": phones["c"] + ["x"]})
+
+
+@pytest.fixture
+def speech(tmp_path):
+    """A tiny network, an odd number of files of different lengths, one of them long."""
+    torch.manual_seed(0)
+    net = SpidR(Config(**spidr.PRESETS["tiny"])).eval()
+    spidr.save(tmp_path / "run" / "last.pt", net.state_dict())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": spidr.released_config(net.config)}))
+    (tmp_path / "audio").mkdir()
+    for n, samples in enumerate([16000, 9000, 12345]):
+        wav = torch.randn(samples).cumsum(0).sin() * 0.1
+        soundfile.write(tmp_path / "audio" / f"a{n}.wav", wav.numpy(), 16000, subtype="FLOAT")
+    return tmp_path, net
+
+
+def test_features_units_and_layers(speech):
+    folder, net = speech
+    run = str(folder / "run")
+    encoder, rows = evaluate.load_encoder(run, "cpu"), data.read_manifest(folder / "audio")
+    alone = {}
+    for row in rows:
+        wav = data.standardise(data.read_audio(row.path))[None]
+        with torch.no_grad():
+            alone[row.fileid] = [x[0] for x in net.encode(wav)], [x[0] for x in net.units(wav)]
+    for fileid, outputs in evaluate.extract(rows, encoder.encode, range(4)):  # batched as alone
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(outputs, alone[fileid][0]))
+    assert [encoder.layer(None), encoder.layer(None, units=True), encoder.layer(4, units=True)] == [2, 2, 4]
+    for layer in (2, 3, 4):  # K = 3 codebooks of L = 4 layers: codebook k belongs to layer 2 + k
+        out = str(folder / "u.jsonl")
+        evaluate.write_units(evaluate.parse(["units", "--model", run, "--audio", str(folder / "audio"), "--out", out,
+                                             "--layer", str(layer)]))
+        header, units = evaluate.read_units(out, layer=layer, hash=encoder.hash)
+        assert header["codewords"] == 48 and units == {f: x[1][layer - 2].tolist() for f, x in alone.items()}
+    for wrong in (dict(layer=2), dict(hash="0")):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} is"):
+            evaluate.read_units(out, **wrong)
+    with pytest.raises(InputError, match="--layer 1"):
+        encoder.layer(1, units=True)
+    evaluate.write_features(evaluate.parse(["features", "--model", run, "--audio", str(folder / "audio"), "--out",
+                                            str(folder / "f"), "--layer", "3"]))
+    features, meta = evaluate.read_features(folder / "f", ["a0", "a2", "missing"])
+    assert sorted(features) == ["a0", "a2"] and meta["layer"] == 3
+    assert torch.allclose(features["a2"], alone["a2"][0][2], atol=1e-5)
+
+
+def test_windows_tile_a_long_file():
+    for samples in (60 * 16000, 61 * 16000 + 7, 200 * 16000 - 1):
+        frames = []
+        for begin, end, first, kept in evaluate.windows(samples):
+            total = (end - begin - 400) // 320 + 1
+            kept = total if kept is None else kept
+            assert begin % 320 == 0 and first + kept <= total and end <= samples
+            frames += range(begin // 320 + first, begin // 320 + first + kept)
+        assert frames == list(range((samples - 400) // 320 + 1))
+
+
+def test_baselines():
+    wav = data.standardise(torch.sin(torch.arange(16000) ** 1.5 / 500))
+    (frames,) = evaluate.mfcc([wav])[0]
+    assert frames.shape == (50, 39)
+    click = torch.zeros(16000)
+    click[320 * 20 + 160] = 1  # the centre of frame 20
+    energy = evaluate.mfcc([click])[0][0][:, 0]
+    assert energy.argmax() == 20 and torch.allclose(energy[19], energy[21], atol=1e-3)
+    encoder = evaluate.baseline("hubert_base", "cpu", pretrained=False)
+    outputs = encoder.encode([wav])[0]
+    assert len(outputs) == encoder.layers and outputs[0].shape == (49, encoder.dim)
+
+
+# ======== language model ========
+
+
+HEADER = dict(model="M", hash="0f", layer=3, frame_rate=50, codewords=8)
+
+
+def write_units_file(path, units, **changes):
+    lines = [HEADER | changes] + [dict(fileid=file, units=list(map(int, sequence))) for file, sequence in units.items()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def successors(seed, length=60, step=1):
+    """A language: the next unit is the last one plus `step`, or, one time in ten, any."""
+    rng, units = np.random.default_rng(seed), [0]
+    while len(units) < length:
+        units.append(int(rng.integers(8)) if rng.random() < 0.1 else (units[-1] + step) % 8)
+    return units
+
+
+def small_lm(context=16):
+    torch.manual_seed(0)
+    lm = evaluate.UnitLM(codewords=8, layers=2, dim=16, heads=2, context=context, dropout=0.1)
+    for p in lm.parameters():  # far from uniform
+        p.data += 0.3 * torch.randn_like(p)
+    return lm.eval()
+
+
+@torch.no_grad()
+def slow_score(lm, units):
+    """One prefix at a time, without padding or batches: the log-probability of each unit after what its window has."""
+    units, total, half = evaluate.dedupe(units), 0.0, (lm.context + 1) // 2
+    tokens = [lm.boundary, *units]
+    for t in range(1, len(tokens)):
+        start = max(
+            0, -(-(t - lm.context) // half) * half
+        )  # the first window, by steps of half a context, that reaches t
+        prefix = torch.tensor(tokens[start:t])[None]
+        x = lm.norm(lm.blocks(lm.embedding(prefix) + lm.position.weight[: t - start]))
+        total += lm.head(x)[0, -1].log_softmax(-1)[tokens[t]].item()
+    return total / len(units)
+
+
+def test_score_is_the_mean_log_probability_of_each_unit_after_its_prefix():
+    lm, rng = small_lm(), np.random.default_rng(0)
+    sequences = [rng.integers(8, size=n).tolist() for n in (1, 2, 5, 15, 18, 19, 30, 37, 70)] + [[3] * 9]
+    expected = [slow_score(lm, units) for units in sequences]
+    for batch_tokens in (1, 40, 10_000):  # alone, some together, all together
+        assert np.allclose(evaluate.score_units(lm, sequences, batch_tokens), expected, atol=1e-5)
+    assert len(set(np.round(expected, 3))) == len(expected)  # the check distinguishes them
+    shuffled = np.random.default_rng(1).permutation(len(sequences))
+    again = evaluate.score_units(lm, [sequences[i] for i in shuffled])
+    assert np.allclose(again, np.array(expected)[shuffled], atol=1e-5)
+    with pytest.raises(InputError):
+        evaluate.score_units(lm, [[]])
+
+
+def train(folder, units, *more):
+    evaluate.train_lm(
+        [
+            "--units",
+            str(units),
+            "--out",
+            str(folder),
+            "--layers",
+            "2",
+            "--dim",
+            "32",
+            "--heads",
+            "2",
+            "--context",
+            "32",
+            "--batch-tokens",
+            "512",
+            "--log-every",
+            "5",
+            "--device",
+            "cpu",
+            *map(str, more),
+        ]
+    )
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lm")
+    units = write_units_file(folder / "u.jsonl", {f"f{i}": successors(i) for i in range(60)})
+    valid = write_units_file(folder / "v.jsonl", {f"v{i}": successors(100 + i) for i in range(5)})
+    train(folder / "run", units, "--valid", valid, "--steps", 120)
+    return folder
+
+
+def pairs_of(make_wrong):
+    sides, units = [], {}
+    for i in range(40):
+        for voice in "ab":
+            right = successors(1000 + 2 * i + (voice == "b"), 20)
+            for correct, sequence in ((True, right), (False, make_wrong(right, i))):
+                file = f"{i}{voice}{correct}"
+                sides.append(evaluate.Side(str(i), voice, correct, file, ["all"], f"gold.csv:{len(sides) + 2}"))
+                units[file] = sequence
+    return sides, units
+
+
+def accuracy(lm, sides, units):
+    scores = dict(zip(units, evaluate.score_units(lm, list(units.values()))))
+    return np.mean(list(evaluate.pair_accuracy(sides, scores).values()))
+
+
+def test_it_learns_which_side_is_right(trained):
+    lm = evaluate.load_lm(trained / "run", "cpu")
+    assert lm.units == HEADER
+    assert accuracy(lm, *pairs_of(lambda right, i: right[::-1])) > 0.95
+    sides, units = pairs_of(lambda right, i: right[::-1])
+    rng = np.random.default_rng(0)
+    shuffled = {file: rng.permutation(sequence).tolist() for file, sequence in units.items()}
+    assert abs(accuracy(lm, sides, shuffled) - 0.5) < 0.17  # 80 pairs: three standard deviations
+    records = [json.loads(line) for line in (trained / "run/metrics.jsonl").read_text().splitlines()]
+    assert (
+        records[0]["model"]["hash"] == "0f" and records[-1]["valid_loss"] < 1.0 < np.log(9) < records[1]["loss"] + 0.3
+    )
+
+
+def test_resume_is_bit_exact(trained, tmp_path):
+    options = "--steps", 12, "--save-every", 4, "--accumulate", 2
+    whole = train(tmp_path / "whole", trained / "u.jsonl", *options)
+    step = evaluate.lm_step
+
+    def killed(*args, count=[0]):
+        count[0] += 1
+        if count[0] == 7:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "lm_step", killed)
+        train(tmp_path / "parts", trained / "u.jsonl", *options)
+    parts = train(tmp_path / "parts", trained / "u.jsonl", *options)
+    assert parts["step"] == 12 and all(torch.equal(parts["model"][k], v) for k, v in whole["model"].items())
+    with pytest.raises(InputError, match="other options: lr was"):
+        train(tmp_path / "parts", trained / "u.jsonl", *options, "--lr", 1)
+    write_units_file(tmp_path / "other.jsonl", {"a": [1, 2]}, layer=4)
+    with pytest.raises(InputError, match="layer is 4, wanted is 3"):
+        train(tmp_path / "bad", trained / "u.jsonl", "--valid", tmp_path / "other.jsonl")
+    write_units_file(tmp_path / "other.jsonl", {"a": [1, 8]})
+    with pytest.raises(InputError, match="other.jsonl: a: not a list of units from 0 to 7"):
+        train(tmp_path / "bad", tmp_path / "other.jsonl")
+
+
+def test_voices_are_averaged_first():
+    sides = [evaluate.Side(id, voice, correct, f"{id}{voice}{int(correct)}", ["all"], "gold.csv:2")
+             for id, voice in ("1a", "1b", "1c", "1d", "2a") for correct in (True, False)]
+    scores = {
+        "1a1": -1,
+        "1a0": -2,
+        "1b1": -1,
+        "1b0": -2,
+        "1c1": -1,
+        "1c0": -1,
+        "1d1": -3,
+        "1d0": -1,
+        "2a1": -2,
+        "2a0": -1,
+    }
+    assert evaluate.pair_accuracy(sides, scores) == {"1": 0.625, "2": 0.0}  # so 31.25%; over recordings it would be 50%
+
+
+GOLD = """id,filename,voice,frequency,word,phones,length,correct
+1,w1,a,oov,x,x,1,1
+1,w2.wav,a,oov,x,x,1,0
+2,w3,a,7,x,x,1,1
+2,w4,a,7,x,x,1,0
+"""
+
+
+def swuggy(folder, lm, *more):
+    args = evaluate.parse(["swuggy", "--lm", str(lm), "--data", str(folder), *map(str, more)])
+    args.function(args)
+
+
+def test_gold_csv(trained, tmp_path, capsys):
+    dev = tmp_path / "lexical/dev"
+    dev.mkdir(parents=True)
+    right, wrong = successors(7, 20), successors(7, 20)[::-1]
+    units = write_units_file(tmp_path / "t.jsonl", {"w1": right, "w2": wrong, "w3": wrong, "w4": right})
+    (dev / "gold.csv").write_text(GOLD)
+    swuggy(dev.parent, trained / "run", "--units", units, "--out", tmp_path / "out")
+    swuggy(dev, trained / "run", "--units", units)
+    results = json.loads((tmp_path / "out/swuggy.json").read_text())["results"]
+    assert results == {"all": dict(accuracy=50.0, pairs=2), "frequency oov": dict(accuracy=100.0, pairs=1),
+                       "frequency 6 to 20": dict(accuracy=0.0, pairs=1), "in vocabulary": dict(accuracy=0.0, pairs=1)}
+    lines = [line.split() for line in (tmp_path / "out/lexical/dev.txt").read_text().splitlines()]
+    assert [name for name, _ in lines] == ["w1", "w2", "w3", "w4"] and lines[0][1] == lines[3][1] != lines[1][1]
+    for gold, message in ((GOLD.replace("frequency", "count"), r"gold.csv:1: .* no column frequency"),
+                          (GOLD.replace("oov,x,x,1,0", "oov,x,x,1,no"), "gold.csv:3: correct is 'no'"),
+                          (GOLD.replace("2,w3,a,7", "2,w3,a,often"), "gold.csv:4: frequency is 'often'"),
+                          (GOLD.replace("w4", "w5"), "gold.csv:5: w5: not in"),
+                          (GOLD.replace("2,w4", "3,w4"), "gold.csv:4: this side of pair 2 a has no other side"),
+                          (GOLD.splitlines()[0], "no pairs"), ("", "gold.csv:1: the header has no column")):
+        (dev / "gold.csv").write_text(gold)
+        with pytest.raises(InputError, match=message):
+            swuggy(dev, trained / "run", "--units", units)
+    with pytest.raises(InputError, match="hash is 'ff', wanted is '0f'"):
+        (dev / "gold.csv").write_text(GOLD)
+        swuggy(dev, trained / "run", "--units", write_units_file(tmp_path / "o.jsonl", {"w1": right}, hash="ff"))
+
+
+def test_pairs_from_audio(trained, tmp_path, monkeypatch):
+    """tSC from wav files, by an encoder whose one unit is the loudness of a frame."""
+    def loudness(wavs):
+        return [[torch.arange(len(wav) // 320 - 1) % 2] * 3 for wav in wavs]
+
+    encoder = evaluate.Encoder("M", "0f", 4, 3, 8, 1, None, loudness)
+    monkeypatch.setattr(evaluate, "load_encoder", lambda name: encoder._replace(hash=name))
+    for name in ("0001_correct", "0001_incorrect"):
+        soundfile.write(tmp_path / f"{name}.wav", np.random.default_rng(0).normal(size=9000) / 10, 16000)
+    command = ["tsc", "--lm", str(trained / "run"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    args = evaluate.parse([*command, "--model", "0f"])
+    args.function(args)
+    assert json.loads((tmp_path / "out/tsc.json").read_text())["results"]["all"] == dict(
+        accuracy=50.0, pairs=1
+    )  # a tie
+    args = evaluate.parse([*command, "--model", "other"])
+    with pytest.raises(InputError, match="other weights than those of M"):
+        args.function(args)
+    (tmp_path / "0001_incorrect.wav").unlink()
+    with pytest.raises(InputError, match="0001_correct.wav: this side of pair 0001"):
+        args.function(args)
+    (tmp_path / "gold.csv").write_text(GOLD.replace("frequency", "type"))
+    with pytest.raises(InputError, match=r"gold.csv:2: .*w1.wav: no such file"):
+        args = evaluate.parse(["sblimp", *command[1:], "--model", "0f"])
+        args.function(args)
+
+
+# ======== the README ========
+
+
+def test_the_readme_names_what_is_there():
+    text = (HERE / "README.md").read_text()
+    modules = dict(model=spidr, data=data, pretrain=pretrain, meta_train=meta_train, adapt=adapt, evaluate=evaluate)
+    names = re.findall(r"`(model|data|pretrain|meta_train|adapt|evaluate)\.([A-Za-z_.]+)`", text)
+    assert len(names) > 30
+    for module, path in names:
+        thing = modules[module]
+        for name in path.split("."):
+            assert path == "py" or hasattr(thing, name), f"{module}.{path}"
+            thing = getattr(thing, name, None)
+    table = text[text.index("| name | meaning |") :].split("\n\n")[0]
+    assert {"loss", "target_ppl", "pred_ppl", "accuracy", "active", "usage_entropy"} <= set(
+        re.findall(r"`(\w+)`", table)
+    )
