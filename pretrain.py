@@ -83,13 +83,13 @@ class Options:
 PRESETS = {
     "base": {},
     "tiny": dict(
-        steps=1200,
+        steps=1500,
         lr=1.5e-3,
         lr_floor=0.05,
-        warmup_steps=120,
-        hold_steps=480,
-        decay_steps=600,
-        freeze_step=1200,
+        warmup_steps=150,
+        hold_steps=600,
+        decay_steps=750,
+        freeze_step=1500,
         batch_samples=256_000,
         max_samples=128_000,
         crop_multiple=16_000,
@@ -98,7 +98,7 @@ PRESETS = {
         supervised_every=3,
         supervised_layer=3,
         log_every=50,
-        save_every=200,
+        save_every=250,
         keep_every=0,
     ),
 }
@@ -348,11 +348,11 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         shown = ("loss", "target_ppl", "pred_ppl", "accuracy", "phone_loss", "valid_loss", "lr", "audio_s_per_s")
-        self.bar.set_postfix({name: f"{record[name]:.3g}" for name in shown if name in record})
+        self.bar.set_postfix({name: f"{record[name]:.3g}" for name in shown if record.get(name)})
         if self.bar.disable:
             print(
                 f"step {record['step']}",
-                *(f"{name} {record[name]:.4g}" for name in shown if name in record),
+                *(f"{name} {record[name]:.4g}" for name in shown if record.get(name)),
                 flush=True,
             )
 
