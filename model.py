@@ -15,6 +15,7 @@ Shapes: B batch, N samples, T frames, D width, L layers, K codebooks, V codeword
 import json
 import math
 import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -530,9 +531,11 @@ def save(path, state, **more):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch hides a full disk behind a RuntimeError of its own
+        free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.exists() else 0
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path} could not be written, what was there before is untouched: {error}") from None
+        why = error if isinstance(error, OSError) else f"{free:.1f} MB were free on its disk"
+        raise InputError(f"{path} could not be written, what was there before is untouched: {why}") from None
 
 
 def read_checkpoint(path):

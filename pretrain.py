@@ -339,7 +339,7 @@ class Log:
         require(
             self.state["skipped_in_a_row"] < 20,
             f"20 steps in a row up to step {step} had no finite gradient: stopped; "
-            f"{self.o.out}/last.pt is good. Lower the learning rate, or look at the recordings",
+            f"the checkpoint in {self.o.out} is from before. Lower the learning rate, or look at the recordings",
         )
 
     def write(self, record):
