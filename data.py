@@ -283,7 +283,7 @@ def phones_of_crop(classes, start, frames):
 
 
 def make_mask(batch, frames, rng, prob=0.8, span=10):
-    """[B, T] bool: overlapping spans, about half of all frames, the same number in each row (SpidR, section 3)."""
+    """[B, T] bool: overlapping spans, about half of all frames, the same number in each row."""
     span = min(span, max(1, frames // 2))  # a recording shorter than a span still shows something
     mask = np.zeros((batch, frames), dtype=bool)
     for row in mask:

@@ -1,4 +1,4 @@
-"""Evaluation: features and units; ABX; unit quality; baselines.  (SpidR, arXiv 2512.20308, section 4; ZeroSpeech 2021.)
+"""Evaluation: features and units; ABX; unit quality; baselines.  (SpidR, arXiv 2512.20308; ZeroSpeech 2021.)
 
     python evaluate.py features --model M --audio A --out FOLDER [--layer L]     a layer's frames, one .npy a file
     python evaluate.py units    --model M --audio A --out U.jsonl [--layer L]    the codeword of every frame
@@ -1125,8 +1125,12 @@ def print_toy_abx(toy, runs):
     first = Path(next(iter(runs.values())))
     torch.manual_seed(json.loads((first / "config.json").read_text())["options"]["seed"])
     untrained = network.SpidR(network.read_config(first / "config.json")).eval()
-    encoders = {"mfcc": load_encoder("mfcc"), "untrained": ours("untrained", untrained)}
-    encoders |= {name: load_encoder(str(path)) for name, path in runs.items()}
+    encoders = {"untrained": ours("untrained", untrained)} | {name: load_encoder(str(p)) for name, p in runs.items()}
+    try:
+        import_torchaudio("the MFCC baseline")
+        encoders = {"mfcc": load_encoder("mfcc")} | encoders
+    except InputError as error:
+        print(error)
     world = json.loads((Path(toy) / "toy.json").read_text())
     records = toy_abx(encoders, Path(toy), world["targets"] + world["eval_sources"][:1])
     print_abx(records, world["targets"])
@@ -1158,7 +1162,9 @@ def report(out="runs"):
     layer = encoders[f"{next(iter(runs))}: {path}"].layer(None, units=True)
     print(f"\nunits of layer {layer}, {language}")
     qualities = {}
-    for name, encoder in list(encoders.items())[1:]:
+    for name, encoder in encoders.items():
+        if not encoder.codebooks:
+            continue
         units = dict(extract(data.read_manifest(toy / "eval" / f"{language}.csv"), encoder.units,
                              [layer - (encoder.layers - encoder.codebooks + 1)]))
         phones = {file: p for file, (p, _) in data.read_alignments(toy / "eval" / f"{language}_alignments.csv").items()}
@@ -1213,7 +1219,7 @@ def draw(path, records, targets, curves):
         by_layer[name] = (
             means if len(means) > 1 else [(1, means[0][1]), (max(r["layer"] for r in records), means[0][1])]
         )
-    plots = [("ABX across speakers, unseen languages, %, by layer", by_layer)]
+    plots = [("unseen languages: ABX across, %, by layer", by_layer)]
     for key in ("loss", "target_ppl", "phone_accuracy"):
         lines = {name: [(r["step"], r[key]) for r in log if key in r] for name, log in curves.items()}
         plots.append((f"{key}, by step", {name: line for name, line in lines.items() if line}))

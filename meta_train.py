@@ -1,4 +1,4 @@
-"""Stage 2: MAdaPT, meta-training for fast adaptation (SpidR-Adapt, section 3): FOBLO, or Reptile as its baseline.
+"""Stage 2: MAdaPT, meta-training for fast adaptation (SpidR-Adapt, arXiv 2512.21204): FOBLO, or Reptile.
 
     python meta_train.py --init runs/pretrain                           the toy world
     torchrun --nproc_per_node=16 meta_train.py --init runs/pretrain --manifest train.csv --alignments align.csv
@@ -145,7 +145,7 @@ class Episodes:
         )
 
 
-# ======== active forgetting (SpidR-Adapt, section 3) ========
+# ======== active forgetting (SpidR-Adapt) ========
 
 
 def forget(model, micro_batches, o, team, episode_seed, step_seed):
@@ -176,7 +176,7 @@ def fit_heads(heads, z, labels, steps, lr, group=None):
                 p.data.sub_(lr * all_sum(gradient, group))
 
 
-# ======== MAdaPT: FOBLO and Reptile (SpidR-Adapt, section 3) ========
+# ======== MAdaPT: FOBLO and Reptile (SpidR-Adapt) ========
 # phi and theta are vectors of every parameter *and buffer* (teacher, codebooks, classifiers), all but the step counter.
 # An episode resets theta to phi and, by forgetting, the codebooks and heads. It does not reset Adam: a worker's moments
 # persist from episode to episode. The teacher stands still (ema_start = 1).

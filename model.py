@@ -37,16 +37,25 @@ def require(condition, message):
 
 def run(main):
     """The entry of every script: a mistake of the user's ends in one line and exit status 2, not in a traceback."""
+    code = 0
     try:
         main()
-    except (InputError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.barrier()  # a rank that leaves while another still works takes it down
+    except (InputError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as stop:
+        code = stop.code or 0
+    if dist.is_initialized():
+        # At once: gloo's threads may hold Python objects, and abort when the interpreter winds down around them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 # ======== options ========
@@ -382,7 +391,7 @@ class SpidR(nn.Module):
             return [stream] * self.config.codebooks
         return outputs[-self.config.codebooks :]
 
-    # -------- training (method: SpidR, section 3) --------
+    # -------- self-supervised training (SpidR) --------
 
     def forward(self, wav, mask, lengths=None, commit=True):
         """One training forward: the mean loss over masked frames and codebooks, and the metrics of the step.
@@ -464,7 +473,7 @@ class SpidR(nn.Module):
                 theirs.copy_(ours)
         return decay
 
-    # -------- interleaved supervision (SpidR-Adapt, section 3) --------
+    # -------- interleaved supervision (SpidR-Adapt) --------
 
     def add_language(self, language, phones):
         """A classifier for so many phones; one that is there already stays."""

@@ -1,4 +1,4 @@
-"""Stage 1: SpidR pretraining from raw audio, with or without interleaved supervision (SpidR, section 3; SpidR-Adapt,
+"""Stage 1: SpidR pretraining from raw audio, with or without interleaved supervision (SpidR; SpidR-Adapt,
 "multi-task pretraining": [SSL] without, [SSL/SL] with --alignments).
 
     python pretrain.py                                              the toy world, the tiny preset: minutes on a laptop
