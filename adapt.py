@@ -245,9 +245,10 @@ def main():
         lr = lr_at(step, o)
         metrics = train_step(model, optimizer, micro_batches, lr, o, place)
         model.update_teacher(step + 1)
-        log.step(step + 1, metrics, lr=lr)
         stopping = stop.agreed(step + 1)
-        if (step + 1) % o.save_every == 0 or step + 1 == o.steps or stopping:
+        saving = (step + 1) % o.save_every == 0 or step + 1 == o.steps or stopping
+        log.step(step + 1, metrics, due=saving, lr=lr)
+        if saving:
             adapters = {name: t for name, t in model.state_dict().items() if is_adapter(name)}
             save_checkpoint(o, place, merged(model), optimizer, step + 1, log, adapters=adapters, inventories=inventory)
         if stopping and step + 1 < o.steps:

@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import zlib
 from collections import Counter, defaultdict
@@ -93,33 +94,44 @@ def read_csv(file, path):
 
 
 def read_tsv(file, path):
-    root = file.readline().rstrip("\r\n")
+    root, lines = file.readline().rstrip("\r\n"), []
     require("\t" not in root, f"{path}:1: the first line of a TSV manifest is the root folder, alone")
     for number, line in enumerate(file, 2):
-        if not line.strip():
-            continue
-        where, parts = f"{path}:{number}", line.rstrip("\r\n").split("\t")
-        require(len(parts) == 2 and parts[1].isdigit(), f"{where}: expected 'relative path<TAB>samples'")
-        yield Row(Path(parts[0]).stem, os.path.join(path.parent, root, parts[0]), int(parts[1]), where=where)
+        name, _, samples = line.rstrip("\r\n").partition("\t")
+        require(samples.isdigit() or not line.strip(), f"{path}:{number}: expected 'relative path<TAB>samples'")
+        if samples:
+            lines.append((Path(name), int(samples), f"{path}:{number}"))
+    ids = file_ids([name for name, _, _ in lines])
+    return [Row(id, os.path.join(path.parent, root, name), n, where=where) for id, (name, n, where) in zip(ids, lines)]
 
 
-def scan_folder(folder):
+def file_ids(names):
+    """The names without folder and suffix, or without suffix alone where that is not unique."""
+    stems = Counter(name.stem for name in names)
+    return [name.stem if stems[name.stem] == 1 else str(name.with_suffix("")) for name in names]
+
+
+def scan_folder(folder, minimum=2000):
     """The rows of a folder's audio (language: its first sub-folder), and (name, why) of what was left out."""
     folder = Path(folder)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO)
     require(paths, f"{folder}: no audio in this folder ({', '.join(AUDIO)})")
-    stems = Counter(p.stem for p in paths)
+    ids = file_ids([path.relative_to(folder) for path in paths])
     rows, left_out = [], []
     with ThreadPoolExecutor(8) as pool:
         found = tqdm(
-            pool.map(inspect, paths), total=len(paths), desc=str(folder), unit="file", leave=False, disable=None
+            pool.map(lambda path: inspect(path, minimum), paths),
+            total=len(paths),
+            desc=str(folder),
+            unit="file",
+            leave=False,
+            disable=None,
         )
-        for path, (samples, problem) in zip(paths, found):
+        for path, fileid, (samples, problem) in zip(paths, ids, found):
             name = path.relative_to(folder)
             if problem:
                 left_out.append((str(name), problem))
                 continue
-            fileid = path.stem if stems[path.stem] == 1 else str(name.with_suffix(""))
             language = name.parts[0] if len(name.parts) > 1 else ""
             rows.append(Row(fileid, str(path), samples, language, where=str(path)))
     require(
@@ -141,6 +153,8 @@ def inspect(path, minimum=0):
             end = file.read(tail, dtype="float32", always_2d=True)
             if len(end) < tail:
                 return length, "cut short"
+            if not np.isfinite(end).all():
+                return length, "samples that are not numbers"
             if np.ptp(end) == 0:  # a silent end: is there anything before it?
                 file.seek(0)
                 if np.ptp(file.read(dtype="float32")) == 0:
@@ -228,15 +242,18 @@ def read_alignments(path):
     require(path.is_file(), f"{path}: no such alignment file")
     csv.field_size_limit(2**31 - 1)  # an hour of phones is one field
     found = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        lines = csv.DictReader(file)
-        for column in ("fileid", "phones", "language"):
-            require(column in (lines.fieldnames or []), f"{path}:1: the header has no column {column!r}")
-        for line in lines:
-            where = f"{path}:{lines.line_num}"
-            require(line["phones"] and line["language"], f"{where}: no phones or no language")
-            require(line["fileid"] not in found, f"{where}: {line['fileid']} is there twice")
-            found[line["fileid"]] = (line["phones"].split(), line["language"])
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = csv.DictReader(file)
+            for column in ("fileid", "phones", "language"):
+                require(column in (lines.fieldnames or []), f"{path}:1: the header has no column {column!r}")
+            for line in lines:
+                where = f"{path}:{lines.line_num}"
+                require(line["phones"] and line["language"], f"{where}: no phones or no language")
+                require(line["fileid"] not in found, f"{where}: {line['fileid']} is there twice")
+                found[line["fileid"]] = (line["phones"].split(), line["language"])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV of alignments: {error}") from None
     require(found, f"{path}: no alignments in it")
     return found
 
@@ -262,9 +279,10 @@ def phone_classes(alignments, inventory):
 
 def aligned_rows(rows, alignments, path="the alignments", tolerance=5):
     """The rows that have alignments; alignments must fit the recordings (to 50 ms) and the manifest's languages."""
-    by_id = {row.fileid: row for row in rows}
+    by_id, seen = {row.fileid: row for row in rows}, Counter(row.fileid for row in rows)
     for fileid, (phones, language) in alignments.items():
         require(fileid in by_id, f"{path}: {fileid} is not in the manifest")
+        require(seen[fileid] == 1, f"{path}: {fileid} names {seen[fileid]} recordings, {by_id[fileid].where} the last")
         row = by_id[fileid]
         require(abs(len(phones) - row.num_samples / PHONE) <= tolerance,
                 f"{path}: {fileid}: {len(phones)} phones at 100 Hz, the recording has {row.num_samples / PHONE:.0f}")
@@ -368,8 +386,8 @@ class Batches:
             if self.classes is not None:
                 phones.append(phones_of_crop(self.classes[row.fileid], start, frames))
         mask = make_mask(len(wavs), frames, np.random.default_rng([*self.seed, epoch, at, 2]), *self.mask)
-        if not wavs:  # all bad: the ranks still have to meet, so noise of which nothing is masked or labelled
-            wavs, mask, phones = [torch.randn(crop)], np.zeros((1, frames), dtype=bool), [np.full(frames, IGNORED)]
+        if not wavs:  # all bad: the ranks still have to meet, so silence of which nothing is masked or labelled
+            wavs, mask, phones = [torch.zeros(crop)], np.zeros((1, frames), dtype=bool), [np.full(frames, IGNORED)]
         batch = {"wav": torch.stack(wavs), "mask": torch.from_numpy(mask), "bad": bad}
         if self.classes is not None:
             batch["language"] = self.rows[index[0]].language
@@ -380,7 +398,12 @@ class Batches:
 def loader(batches, numbers, workers, pin):
     """The batches with the given numbers, in their order, fetched ahead by `workers` processes."""
     return torch.utils.data.DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin,
-                                       prefetch_factor=4 if workers else None)
+                                       prefetch_factor=4 if workers else None, worker_init_fn=outlive_sigterm)
+
+
+def outlive_sigterm(_):
+    """A SIGTERM to the whole process group must not take the workers before the training has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ======== the toy world ========
@@ -767,6 +790,8 @@ def toy(folder, seed=0, scale=1.0, processes=None):
 def main():
     verbs = {"manifest": write_manifest, "toy": write_toy}
     usage = "usage: python data.py manifest FOLDER OUT.csv | python data.py toy FOLDER"
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        return print(__doc__)
     require(len(sys.argv) > 1 and sys.argv[1] in verbs, usage)
     require(len(sys.argv) == (4 if sys.argv[1] == "manifest" else 3), usage)
     verbs[sys.argv[1]](*sys.argv[2:])
@@ -775,6 +800,7 @@ def main():
 def write_manifest(folder, out):
     require(not Path(out).exists(), f"{out} is there already: name another file, or remove it")
     require(Path(folder).is_dir(), f"{folder}: no such folder")
+    require(Path(out).parent.is_dir(), f"{out}: no such folder to write to")
     rows, left_out = scan_folder(folder)
     hours = defaultdict(float)
     with open(f"{out}.tmp", "w", newline="") as file:

@@ -918,7 +918,7 @@ def train_lm(arguments):
             sums = log_likelihoods(lm, list(valid.values())[place.rank :: place.world]).sum(0)
             total, count = all_sum(torch.from_numpy(sums).float().to(place.device)).tolist()
             more = {"valid_loss": -total / count}
-        log.step(step + 1, metrics, lr=lr, **more)
+        log.step(step + 1, metrics, due=saving or stopping, lr=lr, **more)
         if saving or stopping:
             save_checkpoint(o, place, lm.state_dict(), optimizer, step + 1, log, lm=sizes, units=header)
         if stopping and step + 1 < o.steps:

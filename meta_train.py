@@ -320,11 +320,11 @@ def main():
     model.train()
     for at, metrics in meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, at):
         done = (at[0] * len(workers) + at[1]) * length + at[2]
+        stopping = stop.agreed(done)
         if at[1:] == (0, 0):
             log.write({"step": done, "meta_update": at[0], **metrics})
         else:
-            log.step(done, metrics)
-        stopping = stop.agreed(done)
+            log.step(done, metrics, due=done % o.save_every == 0 or stopping)
         if done % o.save_every == 0 or at[0] == o.updates or stopping:
             save(o, place, model, phi, delta, optimizers, done, at, log, episodes.inventory)
         if stopping and at[0] < o.updates:

@@ -91,7 +91,10 @@ class Config:
     ema_threshold: float = 1e-7  # the teacher stops for good once 1 - decay is this small
 
     def __post_init__(self):
-        self.conv_layers = tuple(tuple(layer) for layer in self.conv_layers)
+        try:
+            self.conv_layers = tuple(tuple(map(int, layer)) for layer in self.conv_layers)
+        except (TypeError, ValueError):
+            raise InputError("conv_layers: a list of [channels, kernel, stride]") from None
         dropouts = self.projection_dropout, self.dropout, self.attention_dropout, self.ffn_dropout, self.layer_drop
         require(self.objective in ("spidr", "dinosr"), f"objective {self.objective!r}: spidr or dinosr")
         require(self.norm in ("layer_norm", "group_norm"), f"norm {self.norm!r}: layer_norm or group_norm")
@@ -106,7 +109,7 @@ class Config:
         require(self.codewords >= 2, "codewords: at least 2")
         require(all(0 <= p < 1 for p in dropouts), "dropouts lie in [0, 1)")
         require(0 <= self.codebook_decay <= 1 and 0 <= self.ema_start <= 1, "decays lie in [0, 1]")
-        require(self.ema_timescale > 0, "ema_timescale must be positive")
+        require(self.ema_timescale > 0 and self.init_std > 0, "ema_timescale and init_std are positive")
 
     @property
     def target_layers(self):
@@ -477,6 +480,8 @@ class SpidR(nn.Module):
 
     def add_language(self, language, phones):
         """A classifier for so many phones; one that is there already stays."""
+        require("." not in language and not hasattr(nn.ModuleDict(), language),
+                f"language {language!r}: PyTorch keeps this name, or the dot in it, for itself: rename it")
         if language not in self.supervised_classifiers:
             classifier = Classifier(self.config.dim, phones).to(self.mask_embedding.device)
             self.supervised_classifiers[language] = classifier
@@ -611,6 +616,8 @@ def load(path, device="cpu", **changes):
 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "base"
+    if name in ("-h", "--help"):
+        return print(__doc__)
     require(name in PRESETS, f"preset {name!r}: one of {', '.join(PRESETS)}")
     config = Config(**PRESETS[name])
     model = SpidR(config).eval()

@@ -12,6 +12,7 @@ import argparse
 import inspect
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -103,7 +104,7 @@ PRESETS = {
     ),
 }
 SCHEDULE = ("warmup_steps", "hold_steps", "decay_steps", "freeze_step")
-# What a resumed run may change: none of it changes what is computed.
+# What a resumed run may change: what is computed stays the same, but for rounding and the draws of dropout.
 FREE = (
     "out",
     "device",
@@ -123,6 +124,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+def json_list(text):
+    value = json.loads(text)
+    if not isinstance(value, list):
+        raise ValueError
+    return tuple(value)
+
+
 def parse_options(options, presets, config=None, argv=None):
     """(options, config): the dataclasses' defaults, over them the preset's numbers, over those the command line's."""
     manual = sys.modules[options.__module__].__doc__
@@ -132,7 +140,7 @@ def parse_options(options, presets, config=None, argv=None):
         for cls in reversed(kind.__mro__[:-1]):  # what a later class says of an option wins
             helps |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M)
         for field in fields(kind):
-            how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=json.loads)}
+            how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=json_list)}
             group.add_argument("--" + field.name.replace("_", "-"), default=None,
                                help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"),
                                **how.get(field.type, dict(type=field.type)))
@@ -163,6 +171,11 @@ def check_options(o, config):
         require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
     for name in ("loaders", "keep_every", "supervised_every", "benchmark", *SCHEDULE):
         require(getattr(o, name, 0) >= 0, f"--{name.replace('_', '-')} {getattr(o, name, 0)}: not negative")
+    require(len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas), f"--betas {o.betas}: two numbers in [0, 1)")
+    require(
+        o.seed >= 0 and o.eps > 0 and o.weight_decay >= 0, "seed and weight_decay are not negative, eps is positive"
+    )
+    require(0 <= o.lr_floor <= 1, f"--lr-floor {o.lr_floor}: from 0 to 1")
     require(o.lr > 0 and o.clip > 0 and 0 < o.mask_prob < 1, "lr and clip are positive, mask_prob lies in (0, 1)")
     require(
         1 <= o.supervised_layer <= config.layers, f"--supervised-layer {o.supervised_layer}: from 1 to {config.layers}"
@@ -196,12 +209,14 @@ def setup(o):
     best = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(o.device or best)
+        require(device.type in ("cuda", "cpu", "mps"), f"--device {o.device}: cuda, cpu or mps")
+        if device.type == "cuda":
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {o.device}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
-        device = torch.device("cuda", local if device.index is None else device.index)
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # what is left in float32 may use TF32
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -209,13 +224,18 @@ def setup(o):
 
 
 def provenance(o, config, model, place):
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        ).stdout
+    except OSError:
+        git = ""
     name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else platform.processor() or "cpu"
     return {
         "model": spidr.released_config(config) if isinstance(config, Config) else config,
         "options": asdict(o),
         "ranks": place.world,
-        "commit": git.stdout.strip() or None,
+        "commit": git.strip() or None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": name,
@@ -226,32 +246,50 @@ def provenance(o, config, model, place):
 def open_run(o, config, model, place):
     """The run's folder: new, or to be resumed with the very same options. Returns the newest checkpoint, if any."""
     out, record = Path(o.out), json.loads(json.dumps(provenance(o, config, model, place)))
-    old_path = out / "config.json"
     require(not out.exists() or out.is_dir(), f"--out {out} is a file")
-    if place.first and old_path.exists() and o.restart:
+    traces = [name for name in ("config.json", "last.pt", "metrics.jsonl") if (out / name).exists()]
+    if place.first and traces and o.restart:
         number = next(i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
         os.rename(out, f"{out}.{number}")
         print(f"the run that was there is {out}.{number} now")
     barrier()
-    if old_path.exists():
-        old = json.loads(old_path.read_text())
-        then, now = ({**r["options"], **r["model"], "ranks x accumulate": r["ranks"] * r["options"]["accumulate"]}
-                     for r in (old, record))
+    if traces and not o.restart:
+        require(
+            "config.json" in traces, f"{out} holds {traces[0]} but no config.json: give another --out, or --restart"
+        )
+        try:
+            old = json.loads((out / "config.json").read_text())
+            then, now = ({**r["options"], **r["model"], "ranks x accumulate": r["ranks"] * r["options"]["accumulate"]}
+                         for r in (old, record))
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{out}/config.json is damaged: give another --out, or --restart") from None
         differs = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v and k not in FREE]
         require(
             not differs, f"{out} holds a run with other options: {'; '.join(differs)}. Give another --out, or --restart"
         )
-        newest = out / "last.pt"
-        return spidr.read_checkpoint(newest)[1] if newest.exists() else None
+        if (out / "last.pt").exists():
+            checkpoint = spidr.read_checkpoint(out / "last.pt")[1]
+            require({"step", "log"} <= set(checkpoint), f"{out}/last.pt is no checkpoint to resume from")
+            return checkpoint
+        require(
+            not list(out.glob("step_*.pt")), f"{out} holds checkpoints but no last.pt: give another --out, or --restart"
+        )
     barrier()
     if place.first:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            old_path.write_text(json.dumps(record, indent=1))
-            (out / "metrics.jsonl").write_text(json.dumps({"step": 0, **record}) + "\n")
+            write_text(out / "config.json", json.dumps(record, indent=1))
+            write_text(out / "metrics.jsonl", json.dumps({"step": 0, **record}) + "\n")
         except OSError as error:
             raise InputError(f"--out {out} cannot be written: {error}") from None
     return None
+
+
+def write_text(path, text):
+    """All of it or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def barrier():
@@ -281,8 +319,8 @@ class Log:
         }
         self.samples, self.bad, self.told, self.since, self.record = 0, 0, set(), time.time(), {}
         if place.first:  # what a killed run logged after its last checkpoint comes again
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            write_text(self.path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
         self.bar = tqdm(total=o.steps, initial=step, unit="step", disable=None if place.first else True)
 
     def batch(self, batch):
@@ -294,12 +332,13 @@ class Log:
             self.told.add(path)
         return batch
 
-    def step(self, step, metrics, **more):
-        """Returns whether this step was logged; nothing waits for the GPU before that."""
+    def step(self, step, metrics, due=False, **more):
+        """Logs when it is time, and with each checkpoint, so that what is saved counts everything: the same on all
+        ranks. Nothing waits for the GPU before that."""
         self.seen.append(metrics)
         self.bar.update()
-        if step % self.o.log_every and step != self.o.steps:
-            return False
+        if step % self.o.log_every and step != self.o.steps and not due:
+            return
         names = sorted({name for m in self.seen for name in m} - {"layers"})
         means = {
             name: torch.stack([m[name].float() for m in self.seen if name in m]).nanmean().item() for name in names
@@ -310,7 +349,7 @@ class Log:
             torch.tensor([self.samples, self.bad], dtype=torch.float32, device=self.place.device)
         ).tolist()
         seconds = time.time() - self.since
-        if 0 < means.get("target_ppl", 0) < 2 and "collapse" not in self.told:
+        if self.place.first and means.get("target_ppl", 9) < 2 and "collapse" not in self.told:
             self.told.add("collapse")
             print(
                 f"warning: target_ppl {means['target_ppl']:.2f} at step {step}: the codebooks are collapsing",
@@ -333,7 +372,6 @@ class Log:
         }
         self.seen, self.samples, self.bad, self.since = [], 0, 0, time.time()
         self.write(self.record)
-        return True
 
     def check_skips(self, step):
         require(
@@ -345,6 +383,7 @@ class Log:
     def write(self, record):
         if not self.place.first:
             return
+        record = {name: None if x != x else x for name, x in record.items()}  # JSON knows no NaN
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         shown = ("loss", "target_ppl", "pred_ppl", "accuracy", "phone_loss", "valid_loss", "lr", "audio_s_per_s")
@@ -355,6 +394,13 @@ class Log:
                 *(f"{name} {record[name]:.4g}" for name in shown if record.get(name)),
                 flush=True,
             )
+
+
+def step_of(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # cut off when the run was killed
+        return math.inf
 
 
 def save_checkpoint(o, place, state, optimizer, step, log, **more):
@@ -424,7 +470,7 @@ def train_step(model, optimizer, micro_batches, lr, o, place, layer=0):
     batches = list(micro_batches)
     optimizer.zero_grad(set_to_none=True)
     counts = [float(((b["phones"] >= 0) if layer else b["mask"]).sum()) for b in batches]
-    total = all_sum(torch.tensor(sum(counts)).to(place.device, non_blocking=True), model.group).clamp(min=1)
+    total = all_sum(torch.tensor(sum(counts)).to(place.device, non_blocking=True), model.group)
     sums, metrics = 0, {}
     for i, (batch, count) in enumerate(zip(batches, counts)):
         wav, mask = batch["wav"].to(place.device, non_blocking=True), batch["mask"]
@@ -539,7 +585,11 @@ def main():
     group = place.world * o.accumulate
     unlabelled = data.Batches(rows, config, o, group)
     labelled = data.Batches(labelled_rows, config, o, group, classes, stream=(1,)) if labelled_rows else None
-    valid = data.Batches(data.read_manifest(o.valid), config, o, stream=(2,)) if o.valid else None
+    valid = None
+    if o.valid:
+        rows = data.read_manifest(o.valid)
+        data.check_audio(rows, o.min_samples)
+        valid = data.Batches(rows, config, o, stream=(2,))
 
     # ---- model, optimizer
     for language, phones in inventory.items():
@@ -571,9 +621,10 @@ def main():
         lr = lr_at(step, o)
         metrics = train_step(model, optimizer, micro_batches, lr, o, place, o.supervised_layer if supervised else 0)
         ema = model.update_teacher(step + 1)
-        saving, stopping = (step + 1) % o.save_every == 0 or step + 1 == o.steps, stop.agreed(step + 1)
+        due = (step + 1) % o.save_every == 0 or o.keep_every and (step + 1) % o.keep_every == 0
+        saving, stopping = due or step + 1 == o.steps, stop.agreed(step + 1)
         more = {"valid_loss": validate(model, valid, place)} if valid and saving else {}
-        log.step(step + 1, metrics, lr=lr, ema=ema, **more)
+        log.step(step + 1, metrics, due=saving or stopping, lr=lr, ema=ema, **more)
         if saving or stopping:
             save_checkpoint(o, place, model.state_dict(), optimizer, step + 1, log, inventories=inventory)
         if stopping and step + 1 < o.steps:
@@ -617,7 +668,8 @@ def flops(config, batch, samples):
 def benchmark(o, config, model, place):
     """Steps on random audio, so many crops of the longest kind as a micro-batch holds; one JSON line."""
     batch = max(1, o.batch_samples // o.max_samples)
-    samples = o.batch_samples // batch // o.crop_multiple * o.crop_multiple
+    samples = o.batch_samples // batch
+    samples = max(samples // o.crop_multiple * o.crop_multiple, min(samples, o.crop_multiple))
     frames = spidr.num_frames(samples, config)
     wav = torch.randn(batch, samples, device=place.device)
     mask = torch.from_numpy(data.make_mask(batch, frames, np.random.default_rng(0), o.mask_prob, o.mask_span))
