@@ -24,19 +24,8 @@ import pretrain
 from meta_train import forget
 from model import require
 from pretrain import (
-    Log,
-    Stop,
-    fetch,
-    finished,
-    lr_at,
-    make_optimizer,
-    open_run,
-    parse_options,
-    save_checkpoint,
-    seed_step,
-    setup,
-    stopped,
-    train_step,
+    Log, Stop, fetch, finished, lr_at, make_optimizer, open_run, parse_options, save_checkpoint, seed_step, setup,
+    stopped, train_step,
 )
 
 # ======== options ========
@@ -126,9 +115,7 @@ def dama_ranks(layers, rank_max, rank_min):
 
 def linears(layer):
     return (
-        layer.attention.qkv,
-        layer.attention.proj,
-        layer.feed_forward.intermediate_dense,
+        layer.attention.qkv, layer.attention.proj, layer.feed_forward.intermediate_dense,
         layer.feed_forward.output_dense,
     )
 

@@ -121,11 +121,7 @@ def scan_folder(folder, minimum=2000):
     with ThreadPoolExecutor(8) as pool:
         found = tqdm(
             pool.map(lambda path: inspect(path, minimum), paths),
-            total=len(paths),
-            desc=str(folder),
-            unit="file",
-            leave=False,
-            disable=None,
+            total=len(paths), desc=str(folder), unit="file", leave=False, disable=None,
         )
         for path, fileid, (samples, problem) in zip(paths, ids, found):
             name = path.relative_to(folder)

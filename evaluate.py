@@ -44,20 +44,8 @@ import data
 import model as network
 from model import InputError, all_sum, num_frames, require, run
 from pretrain import (
-    Log,
-    Parser,
-    Stop,
-    autocast,
-    finished,
-    lr_at,
-    make_optimizer,
-    open_run,
-    parse_options,
-    save_checkpoint,
-    seed_step,
-    setup,
-    stopped,
-    update,
+    Log, Parser, Stop, autocast, finished, lr_at, make_optimizer, open_run, parse_options, save_checkpoint, seed_step,
+    setup, stopped, update,
 )
 
 RATE, HOP, FIELD = 50, 320, 400  # frames a second; samples from one frame to the next, and under one frame

@@ -26,21 +26,8 @@ import model as spidr
 import pretrain
 from model import Config, SpidR, all_sum, require
 from pretrain import (
-    Log,
-    Place,
-    Stop,
-    autocast,
-    barrier,
-    fetch,
-    finished,
-    lr_at,
-    make_optimizer,
-    open_run,
-    parse_options,
-    seed_step,
-    setup,
-    stopped,
-    train_step,
+    Log, Place, Stop, autocast, barrier, fetch, finished, lr_at, make_optimizer, open_run, parse_options, seed_step,
+    setup, stopped, train_step,
 )
 
 # ======== options ========

@@ -84,37 +84,15 @@ class Options:
 PRESETS = {
     "base": {},
     "tiny": dict(
-        steps=1500,
-        lr=1.5e-3,
-        lr_floor=0.05,
-        warmup_steps=150,
-        hold_steps=600,
-        decay_steps=750,
-        freeze_step=1500,
-        batch_samples=256_000,
-        max_samples=128_000,
-        crop_multiple=16_000,
-        mask_prob=0.6,
-        mask_span=8,
-        supervised_every=3,
-        supervised_layer=3,
-        log_every=50,
-        save_every=250,
-        keep_every=0,
+        steps=1500, lr=1.5e-3, lr_floor=0.05, warmup_steps=150, hold_steps=600, decay_steps=750, freeze_step=1500,
+        batch_samples=256_000, max_samples=128_000, crop_multiple=16_000, mask_prob=0.6, mask_span=8,
+        supervised_every=3, supervised_layer=3, log_every=50, save_every=250, keep_every=0,
     ),
 }
 SCHEDULE = ("warmup_steps", "hold_steps", "decay_steps", "freeze_step")
 # What a resumed run may change: what is computed stays the same, but for rounding and the draws of dropout.
 FREE = (
-    "out",
-    "device",
-    "compile",
-    "loaders",
-    "log_every",
-    "save_every",
-    "keep_every",
-    "restart",
-    "benchmark",
+    "out", "device", "compile", "loaders", "log_every", "save_every", "keep_every", "restart", "benchmark",
     "accumulate",
 )
 
@@ -159,13 +137,7 @@ def parse_options(options, presets, config=None, argv=None):
 
 def check_options(o, config):
     for name in (
-        "steps",
-        "accumulate",
-        "batch_samples",
-        "max_samples",
-        "log_every",
-        "save_every",
-        "crop_multiple",
+        "steps", "accumulate", "batch_samples", "max_samples", "log_every", "save_every", "crop_multiple",
         "mask_span",
     ):
         require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
@@ -233,12 +205,8 @@ def provenance(o, config, model, place):
     name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else platform.processor() or "cpu"
     return {
         "model": spidr.released_config(config) if isinstance(config, Config) else config,
-        "options": asdict(o),
-        "ranks": place.world,
-        "commit": git.strip() or None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": name,
+        "options": asdict(o), "ranks": place.world, "commit": git.strip() or None, "torch": torch.__version__,
+        "python": platform.python_version(), "device": name,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
@@ -311,11 +279,7 @@ class Log:
     def __init__(self, o, place, step=0, state=None):
         self.o, self.place, self.path, self.seen = o, place, Path(o.out) / "metrics.jsonl", []
         self.state = state or {
-            "seconds": 0.0,
-            "audio_seconds": 0.0,
-            "skipped": 0,
-            "skipped_in_a_row": 0,
-            "bad_recordings": 0,
+            "seconds": 0.0, "audio_seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0, "bad_recordings": 0,
         }
         self.samples, self.bad, self.told, self.since, self.record = 0, 0, set(), time.time(), {}
         if place.first:  # what a killed run logged after its last checkpoint comes again
@@ -363,11 +327,7 @@ class Log:
         self.state["audio_seconds"] += samples / data.SAMPLE_RATE
         self.state["bad_recordings"] += int(bad)
         self.record = {
-            "step": step,
-            **means,
-            **per_layer,
-            "audio_s_per_s": samples / data.SAMPLE_RATE / seconds,
-            **self.state,
+            "step": step, **means, **per_layer, "audio_s_per_s": samples / data.SAMPLE_RATE / seconds, **self.state,
             **more,
         }
         self.seen, self.samples, self.bad, self.since = [], 0, 0, time.time()
@@ -549,6 +509,12 @@ def fetch(batches, o, place, step, log):
     return map(log.batch, loader)
 
 
+def valid_batches(o, config):
+    rows = data.read_manifest(o.valid)
+    data.check_audio(rows, o.min_samples)
+    return data.Batches(rows, config, o, stream=(2,))
+
+
 @torch.no_grad()
 def validate(model, batches, place, most=20):
     """The mean loss over the first batches of a validation set, always the same crops and masks."""
@@ -585,11 +551,7 @@ def main():
     group = place.world * o.accumulate
     unlabelled = data.Batches(rows, config, o, group)
     labelled = data.Batches(labelled_rows, config, o, group, classes, stream=(1,)) if labelled_rows else None
-    valid = None
-    if o.valid:
-        rows = data.read_manifest(o.valid)
-        data.check_audio(rows, o.min_samples)
-        valid = data.Batches(rows, config, o, stream=(2,))
+    valid = valid_batches(o, config) if o.valid else None
 
     # ---- model, optimizer
     for language, phones in inventory.items():
@@ -692,9 +654,7 @@ def benchmark(o, config, model, place):
                 {
                     "steps_per_s": 1 / seconds,
                     "audio_s_per_s": batch * samples * o.accumulate * place.world / 16000 / seconds,
-                    "mfu": work / seconds / peak,
-                    "tflop_per_step": work / 1e12,
-                    "peak_tflops": peak / 1e12,
+                    "mfu": work / seconds / peak, "tflop_per_step": work / 1e12, "peak_tflops": peak / 1e12,
                     "peak_memory_gib": memory / 2**30,
                     "batch": [batch, samples],
                     "ranks": place.world,

@@ -130,11 +130,7 @@ GOLDEN = {
         stds=[1.1103638, 0.14314909, 0.28284982, 0.18823056],
         padded_stds=[1.2813268, 0.10189272, 0.28793332, 0.15957586],
         codes=[74, 288, 140],
-        loss=2.1789868,
-        target_ppl=2.4331634,
-        pred_ppl=7.4804249,
-        dinosr_loss=2.4676805,
-        dinosr_pred_ppl=7.0574813,
+        loss=2.1789868, target_ppl=2.4331634, pred_ppl=7.4804249, dinosr_loss=2.4676805, dinosr_pred_ppl=7.0574813,
         gradients={"mask_embedding": 0.031014211, "feature_extractor.conv_layers.0.conv.weight": 0.13124508,
             "feature_projection.projection.weight": 0.15204768, "student.pos_conv_embed.convs.0.weight":
             0.32407868, "student.layers.0.attention.qkv.weight": 0.040752128,
@@ -156,11 +152,7 @@ GOLDEN = {
         stds=[0.67040604, 0.30984062, 0.1493355, 0.52839881, 0.50153559, 0.29311147],
         padded_stds=[0.71792388, 0.31593606, 0.15406893, 0.52341878, 0.51878649, 0.29221091],
         codes=[456, 304, 76, 380],
-        loss=2.2523887,
-        target_ppl=2.2747943,
-        pred_ppl=7.3938398,
-        dinosr_loss=2.5910623,
-        dinosr_pred_ppl=6.9688225,
+        loss=2.2523887, target_ppl=2.2747943, pred_ppl=7.3938398, dinosr_loss=2.5910623, dinosr_pred_ppl=6.9688225,
         gradients={"mask_embedding": 0.045757651, "feature_extractor.conv_layers.0.conv.weight": 0.058013819,
             "feature_projection.projection.weight": 0.25987574, "student.pos_conv_embed.convs.0.weight":
             0.33173722, "student.layers.0.attention.qkv.weight": 0.017165029,
@@ -421,15 +413,7 @@ def test_a_run_and_what_it_writes(toy, reference_run, cli):
         and first["parameters"]
     )
     names = (
-        "loss",
-        "target_ppl",
-        "pred_ppl",
-        "accuracy",
-        "active",
-        "usage_entropy",
-        "grad_norm",
-        "phone_loss",
-        "lr",
+        "loss", "target_ppl", "pred_ppl", "accuracy", "active", "usage_entropy", "grad_norm", "phone_loss", "lr",
         "loss_0",
     )
     for name in names:
@@ -629,27 +613,15 @@ class Toy(torch.nn.Module):
         (
             "foblo",
             [
-                0.8733751177787781,
-                0.6576456427574158,
-                0.3529069423675537,
-                0.030390135943889618,
-                0.38069263100624084,
-                0.6794701814651489,
-                0.8862845301628113,
-                0.97314453125,
+                0.8733751177787781, 0.6576456427574158, 0.3529069423675537, 0.030390135943889618, 0.38069263100624084,
+                0.6794701814651489, 0.8862845301628113, 0.97314453125,
             ],
         ),
         (
             "reptile",
             [
-                0.8422926068305969,
-                0.6147444844245911,
-                0.3039935827255249,
-                0.07833269238471985,
-                0.42096397280693054,
-                0.7066197395324707,
-                0.8966378569602966,
-                0.9653002619743347,
+                0.8422926068305969, 0.6147444844245911, 0.3039935827255249, 0.07833269238471985, 0.42096397280693054,
+                0.7066197395324707, 0.8966378569602966, 0.9653002619743347,
             ],
         ),
     ],
@@ -672,30 +644,12 @@ def test_meta_update_of_the_released_implementation(monkeypatch, method, golden)
 
 def test_cyclic_schedules():
     foblo = {
-        0: 8.75e-8,
-        1: 1.019375e-7,
-        300: 4.41875e-6,
-        600: 8.75e-6,
-        1799: 8.75e-6,
-        1800: 7.925e-6,
-        1999: 8.745875e-6,
-        2000: 1.7e-7,
-        2600: 1.7e-5,
-        11999: 4.9995875e-5,
-        12000: 5e-7,
-        50000: 5e-7,
-        51900: 5e-5,
-        100000: 5e-7,
-        100601: 4.560054196779549e-5,
-        101800: 4.6022478587658565e-5,
-        199999: 5.000230263811282e-7,
+        0: 8.75e-8, 1: 1.019375e-7, 300: 4.41875e-6, 600: 8.75e-6, 1799: 8.75e-6, 1800: 7.925e-6, 1999: 8.745875e-6,
+        2000: 1.7e-7, 2600: 1.7e-5, 11999: 4.9995875e-5, 12000: 5e-7, 50000: 5e-7, 51900: 5e-5, 100000: 5e-7,
+        100601: 4.560054196779549e-5, 101800: 4.6022478587658565e-5, 199999: 5.000230263811282e-7,
     }
     reptile = {
-        1800: 8.75e-6,
-        11999: 5e-5,
-        14000: 5e-7,
-        101800: 4.560054196779549e-5,
-        150700: 4.56005419677955e-6,
+        1800: 8.75e-6, 11999: 5e-5, 14000: 5e-7, 101800: 4.560054196779549e-5, 150700: 4.56005419677955e-6,
         199999: 5e-7,
     }
     for method, golden in (("foblo", foblo), ("reptile", reptile)):
@@ -806,24 +760,8 @@ def test_meta_training_mistakes_are_one_line(cli, toy, reference_run, tmp_path):
 
 def test_adaptation(cli, toy, meta_run):
     small = [
-        "--toy",
-        toy,
-        "--init",
-        meta_run,
-        "--loaders",
-        0,
-        "--device",
-        "cpu",
-        "--max-samples",
-        32000,
-        "--batch-samples",
-        64000,
-        "--lr",
-        1e-2,
-        "--budget",
-        "5s",
-        "--rank-max",
-        4,
+        "--toy", toy, "--init", meta_run, "--loaders", 0, "--device", "cpu", "--max-samples", 32000,
+        "--batch-samples", 64000, "--lr", 1e-2, "--budget", "5s", "--rank-max", 4,
     ]
     init = spidr.load(meta_run).state_dict()
     for method in ("full", "lora", "dama"):
@@ -1122,20 +1060,8 @@ def train(folder, units, *more):
             str(units),
             "--out",
             str(folder),
-            "--layers",
-            "2",
-            "--dim",
-            "32",
-            "--heads",
-            "2",
-            "--context",
-            "32",
-            "--batch-tokens",
-            "512",
-            "--log-every",
-            "5",
-            "--device",
-            "cpu",
+            "--layers", "2", "--dim", "32", "--heads", "2", "--context", "32", "--batch-tokens", "512", "--log-every",
+            "5", "--device", "cpu",
             *map(str, more),
         ]
     )
@@ -1212,16 +1138,7 @@ def test_voices_are_averaged_first():
     sides = [evaluate.Side(id, voice, correct, f"{id}{voice}{int(correct)}", ["all"], "gold.csv:2")
              for id, voice in ("1a", "1b", "1c", "1d", "2a") for correct in (True, False)]
     scores = {
-        "1a1": -1,
-        "1a0": -2,
-        "1b1": -1,
-        "1b0": -2,
-        "1c1": -1,
-        "1c0": -1,
-        "1d1": -3,
-        "1d0": -1,
-        "2a1": -2,
-        "2a0": -1,
+        "1a1": -1, "1a0": -2, "1b1": -1, "1b0": -2, "1c1": -1, "1c0": -1, "1d1": -3, "1d0": -1, "2a1": -2, "2a0": -1,
     }
     assert evaluate.pair_accuracy(sides, scores) == {"1": 0.625, "2": 0.0}  # so 31.25%; over recordings it would be 50%
 
