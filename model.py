@@ -392,6 +392,10 @@ class SpidR(nn.Module):
         # student to the codebook of its own teacher layer, and codebooks collapse; a head a layer keeps them alive.
         if self.config.objective == "dinosr":
             return [stream] * self.config.codebooks
+        return self.last(outputs)
+
+    def last(self, outputs):
+        """The layers that have a head and a codebook."""
         return outputs[-self.config.codebooks :]
 
     # -------- self-supervised training (SpidR) --------
@@ -418,9 +422,6 @@ class SpidR(nn.Module):
             targets = torch.stack([instance_norm(y, valid).flatten(0, 1)[where] for y in self.last(outputs)])
         student = self.student(torch.where(mask.to(x.device)[..., None], self.mask_embedding.to(x.dtype), x), valid)
         return [y.flatten(0, 1)[where] for y in self.head_inputs(*student)], targets
-
-    def last(self, outputs):
-        return outputs[-self.config.codebooks :]
 
     @torch.no_grad()
     def assign(self, targets):
