@@ -151,20 +151,25 @@ def num_frames(samples, config):
     return samples
 
 
+def valid_frames(lengths, frames, device):
+    """[B] lengths -> [B, T], true before each length; None where nothing is padded, so that attention needs no mask."""
+    return None if lengths is None else torch.arange(frames, device=device) < lengths.to(device)[:, None]
+
+
 class ConvLayer(nn.Module):
     def __init__(self, channels_in, channels, kernel, stride, norm, bias):
         super().__init__()
         self.conv = nn.Conv1d(channels_in, channels, kernel, stride, bias=bias)
-        self.layer_norm = {"layer_norm": lambda: nn.LayerNorm(channels),
-                           "group_norm": lambda: nn.GroupNorm(channels, channels), None: nn.Identity}[norm]()
+        self.layer_norm = (nn.LayerNorm(channels) if norm == "layer_norm" else
+                           nn.GroupNorm(channels, channels) if norm == "group_norm" else nn.Identity())
         nn.init.kaiming_normal_(self.conv.weight)
 
-    def forward(self, x, valid=None):  # [B, C_in, N] -> [B, C, N']
+    def forward(self, x, lengths=None):  # [B, C_in, N] -> [B, C, N'], of which `lengths` are no padding
         x = self.conv(x)
         if isinstance(self.layer_norm, nn.LayerNorm):
             x = self.layer_norm(x.transpose(1, 2)).transpose(1, 2)
-        elif isinstance(self.layer_norm, nn.GroupNorm) and valid is not None:
-            x = self.group_norm(x, valid)
+        elif isinstance(self.layer_norm, nn.GroupNorm) and lengths is not None:
+            x = self.group_norm(x, valid_frames(lengths, x.shape[-1], x.device))
         else:
             x = self.layer_norm(x)
         return F.gelu(x)
@@ -195,16 +200,8 @@ class Downsampler(nn.Module):
         for layer in self.conv_layers:
             if lengths is not None:
                 lengths = (lengths - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
-            frames = (x.shape[-1] - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
-            x = layer(x, valid_frames(lengths, frames, x.device))
+            x = layer(x, lengths)
         return x.transpose(1, 2)
-
-
-def valid_frames(lengths, frames, device):
-    """[B] lengths -> [B, T], true before each length; None where nothing is padded, so that attention needs no mask."""
-    if lengths is None:
-        return None
-    return torch.arange(frames, device=device) < lengths.to(device)[:, None]
 
 
 class Projection(nn.Module):
@@ -232,14 +229,14 @@ class PositionalConv(nn.Module):
                                              groups=config.pos_groups) for _ in range(config.pos_depth))
 
     def forward(self, x, valid=None):  # [B, T, D]
-        padding = None if valid is None else ~valid[:, None]  # [B, 1, T]
-        x = x.transpose(1, 2)  # [B, D, T]
+        def clear(x):  # of what is padding, [B, D, T]
+            return x if valid is None else x.masked_fill(~valid[:, None], 0)
+
+        x = x.transpose(1, 2)
         for conv in self.convs:
-            x = x if valid is None else x.masked_fill(padding, 0)
-            x = conv(x).transpose(1, 2)
+            x = conv(clear(x)).transpose(1, 2)
             x = F.gelu(F.layer_norm(x, x.shape[-1:]).transpose(1, 2))
-        x = x if valid is None else x.masked_fill(padding, 0)
-        return x.transpose(1, 2)
+        return clear(x).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -254,9 +251,8 @@ class Attention(nn.Module):
 
     def forward(self, x, valid=None):  # [B, T, D]
         B, T, D = x.shape
-        q, k, v = (
-            self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        )  # [B, heads, T, D/heads]
+        qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D/heads] each
         mask = None if valid is None else valid[:, None, None]  # padding is no key
         x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
@@ -364,11 +360,10 @@ class SpidR(nn.Module):
         self.teacher.eval()  # never any dropout in the targets
         return self
 
-    def freeze_front_end(self, frozen=True):
+    def freeze_front_end(self):
         for part in self.feature_extractor, self.feature_projection:
-            for p in part.parameters():
-                p.requires_grad_(not frozen)
-                p.grad = None if frozen else p.grad  # without a gradient the optimizer passes it by
+            for p in part.requires_grad_(False).parameters():
+                p.grad = None  # without a gradient the optimizer passes it by
 
     # -------- inference --------
 
@@ -398,6 +393,10 @@ class SpidR(nn.Module):
         """The layers that have a head and a codebook."""
         return outputs[-self.config.codebooks :]
 
+    def hide(self, x, mask):
+        """The mask embedding in the place of the masked frames."""
+        return torch.where(mask.to(x.device)[..., None], self.mask_embedding.to(x.dtype), x)
+
     # -------- self-supervised training (SpidR) --------
 
     def forward(self, wav, mask, lengths=None, commit=True):
@@ -420,8 +419,8 @@ class SpidR(nn.Module):
         with torch.no_grad():
             _, outputs = self.teacher(x, valid)  # the teacher hears everything
             targets = torch.stack([instance_norm(y, valid).flatten(0, 1)[where] for y in self.last(outputs)])
-        student = self.student(torch.where(mask.to(x.device)[..., None], self.mask_embedding.to(x.dtype), x), valid)
-        return [y.flatten(0, 1)[where] for y in self.head_inputs(*student)], targets
+        inputs = self.head_inputs(*self.student(self.hide(x, mask), valid))
+        return [y.flatten(0, 1)[where] for y in inputs], targets
 
     @torch.no_grad()
     def assign(self, targets):
@@ -484,18 +483,15 @@ class SpidR(nn.Module):
         require("." not in language and not hasattr(nn.ModuleDict(), language),
                 f"language {language!r}: PyTorch keeps this name, or the dot in it, for itself: rename it")
         if language not in self.supervised_classifiers:
-            classifier = Classifier(self.config.dim, phones).to(self.mask_embedding.device)
-            self.supervised_classifiers[language] = classifier
+            self.supervised_classifiers[language] = Classifier(self.config.dim, phones).to(self.mask_embedding.device)
         have = self.supervised_classifiers[language].output_layer.out_features
-        require(
-            have == phones, f"language {language}: the model tells {have} phones apart, the alignments have {phones}"
-        )
+        require(have == phones,
+                f"language {language}: the model tells {have} phones apart, the alignments have {phones}")
 
     def supervised_loss(self, wav, mask, phones, language, layer):
         """Mean cross-entropy of the phones [B, T], -100 where none counts, read off `layer` of the masked input."""
         x, _ = self.frames(wav)
-        x = torch.where(mask.to(x.device)[..., None], self.mask_embedding.to(x.dtype), x)
-        _, outputs = self.student(x, depth=layer)
+        _, outputs = self.student(self.hide(x, mask), depth=layer)
         logits = self.supervised_classifiers[language].output_layer(outputs[-1]).float()  # [B, T, phones]
         loss = F.cross_entropy(logits.flatten(0, 1), phones.flatten(), ignore_index=-100, reduction="sum")
         hits = (logits.detach().argmax(-1) == phones).sum()
@@ -578,8 +574,7 @@ def read_config(path):
     try:
         section = json.loads(path.read_text()).get("model", {})
         require(not section.get("encoder_layer_norm_first", False), f"{path}: pre-norm Transformers are not SpidR's")
-        known = {ours: section[name] for ours, name in RELEASED_NAMES.items() if name in section}
-        return Config(**known)
+        return Config(**{ours: section[name] for ours, name in RELEASED_NAMES.items() if name in section})
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -599,7 +594,8 @@ def load_state(model, state, path):
     wrong += [f"{name} is not of this model" for name in state if name not in own]
     wrong += [f"{name} has shape {tuple(state[name].shape)}, the configuration says {tuple(own[name].shape)}"
               for name in own if name in state and state[name].shape != own[name].shape]
-    require(not wrong, f"{path}: {wrong and wrong[0]}" + (f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+    if wrong:
+        raise InputError(f"{path}: {wrong[0]}" + (f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""))
     model.load_state_dict(state)
     return model
 
