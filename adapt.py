@@ -62,9 +62,19 @@ class Options(pretrain.Options):
 
 PRESETS = {
     "base": {},
-    "tiny": {**pretrain.PRESETS["tiny"], **dict(steps=100, lr=3e-4, warmup_steps=10, hold_steps=10**9, freeze_step=0,
-                                                supervised_every=0, supervised_layer=1, rank_max=16, save_every=50)},
+    "tiny": pretrain.PRESETS["tiny"] | dict(steps=100, lr=3e-4, warmup_steps=10, hold_steps=10**9, freeze_step=0,
+                                            supervised_every=0, supervised_layer=1, rank_max=16, save_every=50),
 }
+
+
+def check_options(o):
+    require(o.method in ("full", "lora", "dama"), f"--method {o.method}: full, lora or dama")
+    require(o.basis in ("all", "middle"), f"--basis {o.basis}: all or middle")
+    require(1 <= o.rank_min <= o.rank_max, f"--rank-min {o.rank_min}, --rank-max {o.rank_max}: 1 <= min <= max")
+    require(not o.items or Path(o.items).is_file(), f"--items {o.items}: no such file")
+
+
+# ======== data ========
 
 
 def steps_for(hours):
@@ -79,13 +89,27 @@ def parse_seconds(text):
     raise spidr.InputError(f"--budget {text!r}: an amount of time like 10min, 1h or 90s")
 
 
+def seconds_of(rows):
+    return sum(row.num_samples for row in rows) / data.SAMPLE_RATE
+
+
 def subset(rows, seconds, seed):
     """A random part of the recordings that holds about so much audio."""
-    have = sum(row.num_samples for row in rows) / data.SAMPLE_RATE
+    have = seconds_of(rows)
     require(have >= seconds, f"--budget {seconds:g} s: there are only {have:.0f} s of audio")
     order = np.random.default_rng([seed, 9]).permutation(len(rows))
     total = np.cumsum([rows[i].num_samples for i in order]) / data.SAMPLE_RATE
     return [rows[i] for i in sorted(order[: int(np.searchsorted(total, seconds)) + 1])]
+
+
+def audio_rows(o, place):
+    if not o.audio:
+        pretrain.make_toy(o, place)
+        targets = json.loads((Path(o.toy) / "toy.json").read_text())["targets"]
+        require(o.language in targets, f"--language {o.language}: the toy world's new ones are {', '.join(targets)}")
+    path = o.audio or Path(o.toy) / "target" / f"{o.language}.csv"
+    rows = data.check_audio(data.read_manifest(path), o.min_samples)
+    return subset(rows, parse_seconds(o.budget), o.seed) if o.budget else rows
 
 
 # ======== low-rank adaptation: LoRA and DAMA ========
@@ -97,8 +121,10 @@ class LowRank(nn.Module):
     def __init__(self, weight, rank, svd, train_basis):
         super().__init__()
         rank = min(rank, *weight.shape)
-        A = torch.linalg.svd(weight.float().cpu(), full_matrices=False)[2][:rank] if svd else \
-            torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5
+        if svd:
+            A = torch.linalg.svd(weight.float().cpu(), full_matrices=False)[2][:rank]
+        else:
+            A = torch.randn(rank, weight.shape[1]) / weight.shape[1] ** 0.5
         self.A = nn.Parameter(A.to(weight), requires_grad=train_basis)
         self.B = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
 
@@ -114,10 +140,8 @@ def dama_ranks(layers, rank_max, rank_min):
 
 
 def linears(layer):
-    return (
-        layer.attention.qkv, layer.attention.proj, layer.feed_forward.intermediate_dense,
-        layer.feed_forward.output_dense,
-    )
+    attention, block = layer.attention, layer.feed_forward
+    return attention.qkv, attention.proj, block.intermediate_dense, block.output_dense
 
 
 def add_adapters(model, o):
@@ -135,8 +159,9 @@ def add_adapters(model, o):
             parametrize.register_parametrization(linear, "weight", adapter)
 
 
-def is_adapter(name):
-    return name.endswith(("parametrizations.weight.0.A", "parametrizations.weight.0.B"))
+def adapters(model):
+    names = ("parametrizations.weight.0.A", "parametrizations.weight.0.B")
+    return {name: t for name, t in model.state_dict().items() if name.endswith(names)}
 
 
 @torch.no_grad()
@@ -172,26 +197,12 @@ def change_table(model, before):
 # ======== the stage ========
 
 
-def check_options(o):
-    require(o.method in ("full", "lora", "dama"), f"--method {o.method}: full, lora or dama")
-    require(o.basis in ("all", "middle"), f"--basis {o.basis}: all or middle")
-    require(1 <= o.rank_min <= o.rank_max, f"--rank-min {o.rank_min}, --rank-max {o.rank_max}: 1 <= min <= max")
-    require(not o.items or Path(o.items).is_file(), f"--items {o.items}: no such file")
-
-
-def audio_rows(o, place):
-    if not o.audio:
-        pretrain.make_toy(o, place)
-        targets = json.loads((Path(o.toy) / "toy.json").read_text())["targets"]
-        require(o.language in targets, f"--language {o.language}: the toy world's new ones are {', '.join(targets)}")
-    rows = data.read_manifest(o.audio or Path(o.toy) / "target" / f"{o.language}.csv")
-    data.check_audio(rows, o.min_samples)
-    return subset(rows, parse_seconds(o.budget), o.seed) if o.budget else rows
-
-
 def main():
+    # ---- options
     o, _ = parse_options(Options, PRESETS)
     check_options(o)
+
+    # ---- setup
     place = setup(o)
     torch.manual_seed(o.seed)
     model = spidr.load(o.init, ema_start=o.ema_start, codebook_decay=o.codebook_decay).to(place.device)
@@ -199,9 +210,9 @@ def main():
 
     # ---- data
     rows = audio_rows(o, place)
-    o.steps = o.steps or steps_for(sum(row.num_samples for row in rows) / data.SAMPLE_RATE / 3600)
+    o.steps = o.steps or steps_for(seconds_of(rows) / 3600)
     pretrain.check_options(o, model.config)
-    batches = data.Batches(rows, model.config, o, place.world * o.accumulate)
+    unlabelled = data.Batches(rows, model.config, o, place.world * o.accumulate)
 
     # ---- model, optimizer
     before = [[x.weight.detach().clone() for x in linears(layer)] for layer in model.student.layers]
@@ -221,38 +232,37 @@ def main():
     log, stop = Log(o, place, first, state), Stop(place)
 
     # ---- loop
+    batches = fetch(unlabelled, o, place, first, log)
     model.train()
-    stream = fetch(batches, o, place, first, log)
     for step in range(first, o.steps):
-        micro_batches = list(itertools.islice(stream, o.accumulate))
-        step_seed = (o.seed, step, place.rank)
+        done, lr, step_seed = step + 1, lr_at(step, o), (o.seed, step, place.rank)
+        micro_batches = list(itertools.islice(batches, o.accumulate))
         if step == 0 and o.forgetting:
             forget(model, micro_batches, o, place, (o.seed, 8), step_seed)
         seed_step(*step_seed)
-        lr = lr_at(step, o)
         metrics = train_step(model, optimizer, micro_batches, lr, o, place)
-        model.update_teacher(step + 1)
-        stopping = stop.agreed(step + 1)
-        saving = (step + 1) % o.save_every == 0 or step + 1 == o.steps or stopping
-        log.step(step + 1, metrics, due=saving, lr=lr)
+        model.update_teacher(done)
+        stopping = stop.agreed(done)
+        saving = done % o.save_every == 0 or done == o.steps or stopping
+        log.step(done, metrics, due=saving, lr=lr)
         if saving:
-            adapters = {name: t for name, t in model.state_dict().items() if is_adapter(name)}
-            save_checkpoint(o, place, merged(model), optimizer, step + 1, log, adapters=adapters, inventories=inventory)
-        if stopping and step + 1 < o.steps:
-            stopped(log, step + 1)
+            more = dict(adapters=adapters(model), inventories=inventory)
+            save_checkpoint(o, place, merged(model), optimizer, done, log, **more)
+        if stopping and done < o.steps:
+            stopped(log, done)
     log.bar.close()
     if place.first:
         summary(o, log, rows, change_table(model, before))
 
 
 def summary(o, log, rows, table):
-    hours = sum(row.num_samples for row in rows) / data.SAMPLE_RATE / 3600
+    hours = seconds_of(rows) / 3600
     print(f"{o.out}: {o.method} adaptation to {len(rows)} recordings, {60 * hours:.1f} min, in {o.steps} steps, "
           f"{log.state['seconds'] / 60:.1f} min; {log.state['skipped']} steps skipped")
     print(*table, sep="\n")
     items = o.items or ("" if o.audio else str(Path(o.toy) / "eval" / f"{o.language}.item"))
     if items:
-        import evaluate  # which imports this package's plumbing, so not at the top
+        import evaluate  # only here: adapting itself needs none of it
 
         audio = o.items_audio or (o.audio if o.items else str(Path(items).with_suffix(".csv")))
         for name, path in (("before", o.init), ("after", o.out)):

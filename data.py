@@ -88,9 +88,8 @@ def read_csv(file, path):
         fileid, audio, samples, language, speaker = ("" if i is None else line[i] for i in at)
         if not samples.isdigit() or samples == "0":
             raise InputError(f"{name}:{number}: {samples!r} is not a number of samples")
-        yield Row(
-            fileid or Path(audio).stem, os.path.join(folder, audio), int(samples), language, speaker, f"{name}:{number}"
-        )
+        fileid = fileid or Path(audio).stem
+        yield Row(fileid, os.path.join(folder, audio), int(samples), language, speaker, f"{name}:{number}")
 
 
 def read_tsv(file, path):
@@ -119,10 +118,8 @@ def scan_folder(folder, minimum=2000):
     ids = file_ids([path.relative_to(folder) for path in paths])
     rows, left_out = [], []
     with ThreadPoolExecutor(8) as pool:
-        found = tqdm(
-            pool.map(lambda path: inspect(path, minimum), paths),
-            total=len(paths), desc=str(folder), unit="file", leave=False, disable=None,
-        )
+        found = tqdm(pool.map(lambda path: inspect(path, minimum), paths), total=len(paths), desc=str(folder),
+                     unit="file", leave=False, disable=None)
         for path, fileid, (samples, problem) in zip(paths, ids, found):
             name = path.relative_to(folder)
             if problem:
@@ -130,10 +127,8 @@ def scan_folder(folder, minimum=2000):
                 continue
             language = name.parts[0] if len(name.parts) > 1 else ""
             rows.append(Row(fileid, str(path), samples, language, where=str(path)))
-    require(
-        rows,
-        f"{folder}: none of its {len(paths)} files is usable; the first: {' '.join(left_out[0] if left_out else '')}",
-    )
+    if not rows:
+        raise InputError(f"{folder}: none of its {len(paths)} files is usable; the first: {' '.join(left_out[0])}")
     return rows, left_out
 
 
@@ -173,7 +168,7 @@ def samples_at_16k(frames, rate):
 
 
 def check_audio(rows, minimum, most=2000):
-    """Opens the files (of a long manifest `most` at even distances) before hours are spent; tells the first bad one."""
+    """The same rows, their files opened and measured (of a long manifest `most`, evenly): before hours are spent."""
     short = next((row for row in rows if row.num_samples < minimum), None)
     if short:
         raise InputError(f"{short.where}: {short.path}: {short.num_samples} samples, under the minimum of {minimum}: "
@@ -184,6 +179,7 @@ def check_audio(rows, minimum, most=2000):
             require(not problem, f"{row.where}: {row.path}: {problem}")
             require(length == row.num_samples, f"{row.where}: {row.path}: {row.num_samples} samples stated, the file "
                     f"has {length} at 16 kHz ('data.py manifest' counts them)")
+    return rows
 
 
 # ======== reading ========
@@ -324,19 +320,15 @@ class Batches:
         self.rows, self.config, self.classes, self.group = rows, config, classes, group
         self.seed, self.budget, self.max_samples = (options.seed, *stream), options.batch_samples, options.max_samples
         self.mask, self.round = (options.mask_prob, options.mask_span), options.crop_multiple
-        require(
-            self.budget >= self.max_samples, f"batch_samples {self.budget} is less than a crop of {self.max_samples}"
-        )
+        require(self.budget >= self.max_samples,
+                f"batch_samples {self.budget} is less than a crop of {self.max_samples}")
         self.lengths = np.minimum([row.num_samples for row in rows], self.max_samples)
         languages = np.array([row.language if classes is not None else "" for row in rows])
         self.buckets = {name: self.make_buckets(np.flatnonzero(languages == name)) for name in sorted(set(languages))}
         self.per_epoch = len(self.order(0))
         count = sum(-(-len(bucket) // size) for buckets in self.buckets.values() for bucket, size in buckets)
-        require(
-            self.per_epoch,
-            f"{count} batches are too few for {group} ranks x micro-batches: fewer ranks, a smaller "
-            "batch_samples, or more audio",
-        )
+        require(self.per_epoch, f"{count} batches are too few for {group} ranks x micro-batches: fewer ranks, a "
+                "smaller batch_samples, or more audio")
 
     def make_buckets(self, index, ratio=1.2):
         """[(utterances, how many make a batch)]: the longest of a bucket is at most `ratio` times the shortest."""

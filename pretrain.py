@@ -83,18 +83,13 @@ class Options:
 # with labels, but collapse without.)
 PRESETS = {
     "base": {},
-    "tiny": dict(
-        steps=1500, lr=1.5e-3, lr_floor=0.05, warmup_steps=150, hold_steps=600, decay_steps=750, freeze_step=1500,
-        batch_samples=256_000, max_samples=128_000, crop_multiple=16_000, mask_prob=0.6, mask_span=8,
-        supervised_every=3, supervised_layer=3, log_every=50, save_every=250, keep_every=0,
-    ),
+    "tiny": dict(steps=1500, lr=1.5e-3, lr_floor=0.05, warmup_steps=150, hold_steps=600, decay_steps=750,
+                 freeze_step=1500, batch_samples=256_000, max_samples=128_000, crop_multiple=16_000, mask_prob=0.6,
+                 mask_span=8, supervised_every=3, supervised_layer=3, log_every=50, save_every=250, keep_every=0),
 }
 SCHEDULE = ("warmup_steps", "hold_steps", "decay_steps", "freeze_step")
 # What a resumed run may change: what is computed stays the same, but for rounding and the draws of dropout.
-FREE = (
-    "out", "device", "compile", "loaders", "log_every", "save_every", "keep_every", "restart", "benchmark",
-    "accumulate",
-)
+FREE = "out device compile loaders log_every save_every keep_every restart benchmark accumulate".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,22 +131,17 @@ def parse_options(options, presets, config=None, argv=None):
 
 
 def check_options(o, config):
-    for name in (
-        "steps", "accumulate", "batch_samples", "max_samples", "log_every", "save_every", "crop_multiple",
-        "mask_span",
-    ):
-        require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
-    for name in ("loaders", "keep_every", "supervised_every", "benchmark", *SCHEDULE):
-        require(getattr(o, name, 0) >= 0, f"--{name.replace('_', '-')} {getattr(o, name, 0)}: not negative")
+    positive = "steps accumulate batch_samples max_samples log_every save_every crop_multiple mask_span".split()
+    for name in (*positive, "loaders", "keep_every", "supervised_every", "benchmark", *SCHEDULE):
+        value, least = getattr(o, name), int(name in positive)
+        require(value >= least, f"--{name.replace('_', '-')} {value}: {'at least 1' if least else 'not negative'}")
     require(len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas), f"--betas {o.betas}: two numbers in [0, 1)")
-    require(
-        o.seed >= 0 and o.eps > 0 and o.weight_decay >= 0, "seed and weight_decay are not negative, eps is positive"
-    )
+    require(o.seed >= 0 and o.weight_decay >= 0 and o.eps > 0,
+            "seed and weight_decay are not negative, eps is positive")
     require(0 <= o.lr_floor <= 1, f"--lr-floor {o.lr_floor}: from 0 to 1")
     require(o.lr > 0 and o.clip > 0 and 0 < o.mask_prob < 1, "lr and clip are positive, mask_prob lies in (0, 1)")
-    require(
-        1 <= o.supervised_layer <= config.layers, f"--supervised-layer {o.supervised_layer}: from 1 to {config.layers}"
-    )
+    require(1 <= o.supervised_layer <= config.layers,
+            f"--supervised-layer {o.supervised_layer}: from 1 to {config.layers}")
     require(o.max_samples >= o.min_samples, "--max-samples is less than --min-samples")
     require(o.batch_samples >= o.max_samples, f"--batch-samples {o.batch_samples} is less than a crop of --max-samples "
             f"{o.max_samples}: raise the one or lower the other")
@@ -175,12 +165,10 @@ class Place:
 
 
 def setup(o):
-    world, rank, local = (
-        int(os.environ.get(name, d)) for name, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-    )
-    best = "cuda" if torch.cuda.is_available() else "cpu"
+    world, rank, local = (int(os.environ.get(name, alone))
+                          for name, alone in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # torchrun's
     try:
-        device = torch.device(o.device or best)
+        device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         require(device.type in ("cuda", "cpu", "mps"), f"--device {o.device}: cuda, cpu or mps")
         if device.type == "cuda":
             device = torch.device("cuda", local if device.index is None else device.index)
@@ -197,15 +185,14 @@ def setup(o):
 
 def provenance(o, config, model, place):
     try:
-        git = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
     except OSError:
-        git = ""
+        commit = None
     name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else platform.processor() or "cpu"
     return {
         "model": spidr.released_config(config) if isinstance(config, Config) else config,
-        "options": asdict(o), "ranks": place.world, "commit": git.strip() or None, "torch": torch.__version__,
+        "options": asdict(o), "ranks": place.world, "commit": commit, "torch": torch.__version__,
         "python": platform.python_version(), "device": name,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
@@ -222,9 +209,8 @@ def open_run(o, config, model, place):
         print(f"the run that was there is {out}.{number} now")
     barrier()
     if traces and not o.restart:
-        require(
-            "config.json" in traces, f"{out} holds {traces[0]} but no config.json: give another --out, or --restart"
-        )
+        require("config.json" in traces,
+                f"{out} holds {traces[0]} but no config.json: give another --out, or --restart")
         try:
             old = json.loads((out / "config.json").read_text())
             then, now = ({**r["options"], **r["model"], "ranks x accumulate": r["ranks"] * r["options"]["accumulate"]}
@@ -232,16 +218,14 @@ def open_run(o, config, model, place):
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{out}/config.json is damaged: give another --out, or --restart") from None
         differs = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v and k not in FREE]
-        require(
-            not differs, f"{out} holds a run with other options: {'; '.join(differs)}. Give another --out, or --restart"
-        )
+        require(not differs,
+                f"{out} holds a run with other options: {'; '.join(differs)}. Give another --out, or --restart")
         if (out / "last.pt").exists():
             checkpoint = spidr.read_checkpoint(out / "last.pt")[1]
             require({"step", "log"} <= set(checkpoint), f"{out}/last.pt is no checkpoint to resume from")
             return checkpoint
-        require(
-            not list(out.glob("step_*.pt")), f"{out} holds checkpoints but no last.pt: give another --out, or --restart"
-        )
+        require(not list(out.glob("step_*.pt")),
+                f"{out} holds checkpoints but no last.pt: give another --out, or --restart")
     barrier()
     if place.first:
         try:
@@ -270,6 +254,58 @@ def seed_step(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
+# ======== data ========
+
+
+def make_toy(o, place):
+    if place.first and not (Path(o.toy) / "toy.json").exists():
+        print(f"making the toy world in {o.toy}", flush=True)
+        data.toy(o.toy)
+    barrier()
+
+
+def read_data(o, place, inventory=None):
+    """All rows, the labelled ones, their phones as classes, and the phone inventories: those given, or found."""
+    manifest, alignments = o.manifest, o.alignments
+    if not manifest:
+        make_toy(o, place)
+        manifest, alignments = Path(o.toy) / "train.csv", alignments or Path(o.toy) / "train_alignments.csv"
+    rows = data.check_audio(data.read_manifest(manifest), o.min_samples)
+    if not (alignments and o.supervised_every):
+        return rows, [], {}, {}
+    found = data.read_alignments(alignments)
+    labelled = data.aligned_rows(rows, found, alignments)
+    inventory = data.inventories(found) | (inventory or {})
+    classes, unknown = data.phone_classes(found, inventory)
+    if unknown and place.first:
+        print(f"{alignments}: {unknown} frames of unknown phones are ignored", file=sys.stderr)
+    return rows, labelled, classes, inventory
+
+
+def fetch(batches, o, place, step, log):
+    """Endless micro-batches of this rank, from optimizer step `step` of this kind on."""
+    numbers = (s * place.world * o.accumulate + a * place.world + place.rank
+               for s in itertools.count(step) for a in range(o.accumulate))
+    loader = data.loader(batches, numbers, o.loaders, pin=place.device.type == "cuda")
+    return map(log.batch, loader)
+
+
+@torch.no_grad()
+def validate(model, batches, place, most=20):
+    """The mean loss over the first batches of a validation set, always the same crops and masks."""
+    model.eval()
+    numbers = range(place.rank, min(most, batches.per_epoch), place.world)
+    sums = torch.zeros(2, device=place.device)
+    for batch in map(batches.__getitem__, numbers):
+        loss, _ = model(batch["wav"].to(place.device), batch["mask"], commit=False)
+        frames = batch["mask"].sum().item()
+        sums += torch.stack([loss * frames, loss.new_tensor(frames)])
+    model.pending = None
+    model.train()
+    total, frames = all_sum(sums).tolist()
+    return total / max(frames, 1)
+
+
 # ======== log and checkpoints ========
 
 
@@ -278,9 +314,7 @@ class Log:
 
     def __init__(self, o, place, step=0, state=None):
         self.o, self.place, self.path, self.seen = o, place, Path(o.out) / "metrics.jsonl", []
-        self.state = state or {
-            "seconds": 0.0, "audio_seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0, "bad_recordings": 0,
-        }
+        self.state = state or dict(seconds=0.0, audio_seconds=0.0, skipped=0, skipped_in_a_row=0, bad_recordings=0)
         self.samples, self.bad, self.told, self.since, self.record = 0, 0, set(), time.time(), {}
         if place.first:  # what a killed run logged after its last checkpoint comes again
             lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -304,41 +338,31 @@ class Log:
         if step % self.o.log_every and step != self.o.steps and not due:
             return
         names = sorted({name for m in self.seen for name in m} - {"layers"})
-        means = {
-            name: torch.stack([m[name].float() for m in self.seen if name in m]).nanmean().item() for name in names
-        }
+        means = {name: torch.stack([m[name].float() for m in self.seen if name in m]).nanmean().item()
+                 for name in names}
         layers = next((m["layers"] for m in reversed(self.seen) if "layers" in m), {})
         per_layer = {f"{name}_{k}": x for name, values in layers.items() for k, x in enumerate(values.tolist())}
-        samples, bad = all_sum(
-            torch.tensor([self.samples, self.bad], dtype=torch.float32, device=self.place.device)
-        ).tolist()
+        heard = torch.tensor([self.samples, self.bad], dtype=torch.float32, device=self.place.device)
+        samples, bad = all_sum(heard).tolist()
         seconds = time.time() - self.since
         if self.place.first and means.get("target_ppl", 9) < 2 and "collapse" not in self.told:
             self.told.add("collapse")
-            print(
-                f"warning: target_ppl {means['target_ppl']:.2f} at step {step}: the codebooks are collapsing",
-                file=sys.stderr,
-            )
+            print(f"warning: target_ppl {means['target_ppl']:.2f} at step {step}: the codebooks are collapsing",
+                  file=sys.stderr)
         for m in self.seen:
-            self.state["skipped_in_a_row"] = (self.state["skipped_in_a_row"] + 1) * int(m["skipped"])
-            self.state["skipped"] += int(m["skipped"])
-            self.check_skips(step)
+            skipped = int(m["skipped"])
+            self.state["skipped"] += skipped
+            self.state["skipped_in_a_row"] = (self.state["skipped_in_a_row"] + 1) * skipped
+            require(self.state["skipped_in_a_row"] < 20,
+                    f"20 steps in a row up to step {step} had no finite gradient: stopped; the checkpoint in "
+                    f"{self.o.out} is from before. Lower the learning rate, or look at the recordings")
         self.state["seconds"] += seconds
         self.state["audio_seconds"] += samples / data.SAMPLE_RATE
         self.state["bad_recordings"] += int(bad)
-        self.record = {
-            "step": step, **means, **per_layer, "audio_s_per_s": samples / data.SAMPLE_RATE / seconds, **self.state,
-            **more,
-        }
+        self.record = {"step": step, **means, **per_layer, "audio_s_per_s": samples / data.SAMPLE_RATE / seconds,
+                       **self.state, **more}
         self.seen, self.samples, self.bad, self.since = [], 0, 0, time.time()
         self.write(self.record)
-
-    def check_skips(self, step):
-        require(
-            self.state["skipped_in_a_row"] < 20,
-            f"20 steps in a row up to step {step} had no finite gradient: stopped; "
-            f"the checkpoint in {self.o.out} is from before. Lower the learning rate, or look at the recordings",
-        )
 
     def write(self, record):
         if not self.place.first:
@@ -349,11 +373,8 @@ class Log:
         shown = ("loss", "target_ppl", "pred_ppl", "accuracy", "phone_loss", "valid_loss", "lr", "audio_s_per_s")
         self.bar.set_postfix({name: f"{record[name]:.3g}" for name in shown if record.get(name)})
         if self.bar.disable:
-            print(
-                f"step {record['step']}",
-                *(f"{name} {record[name]:.4g}" for name in shown if record.get(name)),
-                flush=True,
-            )
+            print(f"step {record['step']}", *(f"{name} {record[name]:.4g}" for name in shown if record.get(name)),
+                  flush=True)
 
 
 def step_of(line):
@@ -412,9 +433,8 @@ def lr_at(step, o):
 
 def make_optimizer(model, o):
     parameters = [p for name, p in model.named_parameters() if not name.startswith("teacher.")]
-    return torch.optim.AdamW(
-        parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay,
+                             fused=True)
 
 
 def autocast(o, place):
@@ -472,71 +492,15 @@ def sum_gradients(gradients, group):
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
 
 
-# ======== data ========
-
-
-def make_toy(o, place):
-    if place.first and not (Path(o.toy) / "toy.json").exists():
-        print(f"making the toy world in {o.toy}", flush=True)
-        data.toy(o.toy)
-    barrier()
-
-
-def read_data(o, place, inventory=None):
-    """All rows, the labelled ones, their phones as classes, and the phone inventories: those given, or found."""
-    manifest, alignments = o.manifest, o.alignments
-    if not manifest:
-        make_toy(o, place)
-        manifest, alignments = Path(o.toy) / "train.csv", alignments or Path(o.toy) / "train_alignments.csv"
-    rows = data.read_manifest(manifest)
-    data.check_audio(rows, o.min_samples)
-    if not (alignments and o.supervised_every):
-        return rows, [], {}, {}
-    found = data.read_alignments(alignments)
-    labelled = data.aligned_rows(rows, found, alignments)
-    inventory = data.inventories(found) | (inventory or {})
-    classes, unknown = data.phone_classes(found, inventory)
-    if unknown and place.first:
-        print(f"{alignments}: {unknown} frames of unknown phones are ignored", file=sys.stderr)
-    return rows, labelled, classes, inventory
-
-
-def fetch(batches, o, place, step, log):
-    """Endless micro-batches of this rank, from optimizer step `step` of this kind on."""
-    numbers = (s * place.world * o.accumulate + a * place.world + place.rank
-               for s in itertools.count(step) for a in range(o.accumulate))
-    loader = data.loader(batches, numbers, o.loaders, pin=place.device.type == "cuda")
-    return map(log.batch, loader)
-
-
-def valid_batches(o, config):
-    rows = data.read_manifest(o.valid)
-    data.check_audio(rows, o.min_samples)
-    return data.Batches(rows, config, o, stream=(2,))
-
-
-@torch.no_grad()
-def validate(model, batches, place, most=20):
-    """The mean loss over the first batches of a validation set, always the same crops and masks."""
-    model.eval()
-    numbers = range(place.rank, min(most, batches.per_epoch), place.world)
-    sums = torch.zeros(2, device=place.device)
-    for batch in map(batches.__getitem__, numbers):
-        loss, _ = model(batch["wav"].to(place.device), batch["mask"], commit=False)
-        frames = batch["mask"].sum().item()
-        sums += torch.stack([loss * frames, loss.new_tensor(frames)])
-    model.pending = None
-    model.train()
-    total, frames = all_sum(sums).tolist()
-    return total / max(frames, 1)
-
-
 # ======== the stage ========
 
 
 def main():
+    # ---- options
     o, config = parse_options(Options, PRESETS, Config)
     check_options(o, config)
+
+    # ---- setup
     place = setup(o)
     torch.manual_seed(o.seed)
     model = SpidR(config).to(place.device)
@@ -551,7 +515,9 @@ def main():
     group = place.world * o.accumulate
     unlabelled = data.Batches(rows, config, o, group)
     labelled = data.Batches(labelled_rows, config, o, group, classes, stream=(1,)) if labelled_rows else None
-    valid = valid_batches(o, config) if o.valid else None
+    valid = None
+    if o.valid:
+        valid = data.Batches(data.check_audio(data.read_manifest(o.valid), o.min_samples), config, o, stream=(2,))
 
     # ---- model, optimizer
     for language, phones in inventory.items():
@@ -559,8 +525,7 @@ def main():
     optimizer = make_optimizer(model, o)
 
     # ---- resume
-    checkpoint = open_run(o, config, model, place)
-    first, state = 0, None
+    checkpoint, first, state = open_run(o, config, model, place), 0, None
     if checkpoint:
         spidr.load_state(model, checkpoint["model"], o.out)
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -569,7 +534,7 @@ def main():
             return finished(o, place)
     log, stop = Log(o, place, first, state), Stop(place)
 
-    # ---- loop: step s is supervised when the next one is a multiple of supervised_every
+    # ---- loop: of supervised_every steps the last is supervised
     every = o.supervised_every if labelled else o.steps + 1
     batches = fetch(unlabelled, o, place, first - first // every, log)
     labelled_batches = fetch(labelled, o, place, first // every, log) if labelled else None
@@ -578,19 +543,19 @@ def main():
         if step >= o.freeze_step:
             model.freeze_front_end()
         seed_step(o.seed, step, place.rank)
-        supervised = (step + 1) % every == 0
+        done, lr = step + 1, lr_at(step, o)
+        supervised = done % every == 0
         micro_batches = itertools.islice(labelled_batches if supervised else batches, o.accumulate)
-        lr = lr_at(step, o)
         metrics = train_step(model, optimizer, micro_batches, lr, o, place, o.supervised_layer if supervised else 0)
-        ema = model.update_teacher(step + 1)
-        due = (step + 1) % o.save_every == 0 or o.keep_every and (step + 1) % o.keep_every == 0
-        saving, stopping = due or step + 1 == o.steps, stop.agreed(step + 1)
+        ema = model.update_teacher(done)
+        stopping = stop.agreed(done)
+        saving = done % o.save_every == 0 or o.keep_every and done % o.keep_every == 0 or done == o.steps
         more = {"valid_loss": validate(model, valid, place)} if valid and saving else {}
-        log.step(step + 1, metrics, due=saving or stopping, lr=lr, ema=ema, **more)
+        log.step(done, metrics, due=saving or stopping, lr=lr, ema=ema, **more)
         if saving or stopping:
-            save_checkpoint(o, place, model.state_dict(), optimizer, step + 1, log, inventories=inventory)
-        if stopping and step + 1 < o.steps:
-            stopped(log, step + 1)
+            save_checkpoint(o, place, model.state_dict(), optimizer, done, log, inventories=inventory)
+        if stopping and done < o.steps:
+            stopped(log, done)
     log.bar.close()
     if place.first:
         summary(o, log)
@@ -635,32 +600,24 @@ def benchmark(o, config, model, place):
     frames = spidr.num_frames(samples, config)
     wav = torch.randn(batch, samples, device=place.device)
     mask = torch.from_numpy(data.make_mask(batch, frames, np.random.default_rng(0), o.mask_prob, o.mask_span))
-    optimizer, times = make_optimizer(model.train(), o), []
-    on_gpu = place.device.type == "cuda"
-    for step in range(o.benchmark + 3):  # the first three warm up
-        began = time.perf_counter()
+    optimizer, on_gpu = make_optimizer(model.train(), o), place.device.type == "cuda"
+
+    def step(number):
         train_step(model, optimizer, [{"wav": wav, "mask": mask}] * o.accumulate, o.lr, o, place)
-        model.update_teacher(step + 1)
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    seconds = float(np.median(times[3:]))
+        model.update_teacher(number)
+
+    times = [timed(lambda: step(number), place.device) for number in range(1, o.benchmark + 4)]
+    seconds = float(np.median(times[3:]))  # the first three warm up
     work = flops(config, batch, samples) * o.accumulate
     peak = peak_flops(place.device, o.bf16 and on_gpu)
     memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if place.first:
-        print(
-            json.dumps(
-                {
-                    "steps_per_s": 1 / seconds,
-                    "audio_s_per_s": batch * samples * o.accumulate * place.world / 16000 / seconds,
-                    "mfu": work / seconds / peak, "tflop_per_step": work / 1e12, "peak_tflops": peak / 1e12,
-                    "peak_memory_gib": memory / 2**30,
-                    "batch": [batch, samples],
-                    "ranks": place.world,
-                }
-            )
-        )
+        print(json.dumps({
+            "steps_per_s": 1 / seconds,
+            "audio_s_per_s": batch * samples * o.accumulate * place.world / data.SAMPLE_RATE / seconds,
+            "mfu": work / seconds / peak, "tflop_per_step": work / 1e12, "peak_tflops": peak / 1e12,
+            "peak_memory_gib": memory / 2**30, "batch": [batch, samples], "ranks": place.world,
+        }))
 
 
 def peak_flops(device, bf16):
