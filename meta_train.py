@@ -13,7 +13,7 @@ them. Writes to --out what pretraining writes, and worker_R_step_N.pt, what each
 import itertools
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,21 +64,18 @@ class Options(pretrain.Options):
 
 PRESETS = {
     "base": {},
-    "tiny": {**pretrain.PRESETS["tiny"], **dict(
+    "tiny": pretrain.PRESETS["tiny"] | dict(
         workers=2, updates=10, inner_steps=20, outer_steps=8, lr=5e-4, warmup_steps=28, hold_steps=126, decay_steps=126,
-        ramp_steps=6, chunk_seconds=240.0, layer_drop=0.0, supervised_layer=3, steps=0, save_every=56)},
+        ramp_steps=6, chunk_seconds=240.0, layer_drop=0.0, supervised_layer=3, steps=0, save_every=56),
 }
 
 
-def cyclic_lr(step, o):
-    """In an episode a linear ramp to the envelope (lr_at) of its end; in supervised steps the envelope itself."""
-    length = o.inner_steps + o.outer_steps
-    start = step - step % length
-    if o.method == "foblo" and step - start >= o.inner_steps:
-        return lr_at(step, o)
-    hold = o.warmup_steps + o.hold_steps
-    cap = lr_at(start + length if step > hold else min(start + length, hold), o)
-    return cap * min(1.0, o.lr_floor + (1 - o.lr_floor) * (step - start) / max(1, o.ramp_steps))
+def check_options(o):
+    require(o.method in ("foblo", "reptile"), f"--method {o.method}: foblo or reptile")
+    require(min(o.workers, o.updates, o.inner_steps) >= 1 and o.outer_steps >= 0,
+            "--workers, --updates and --inner-steps are at least 1, --outer-steps is not negative")
+    require(o.alignments or not o.manifest or o.method == "reptile" or not o.outer_steps,
+            "--method foblo needs --alignments (reptile does without)")
 
 
 # ======== data: tasks ========
@@ -125,11 +122,8 @@ class Episodes:
         unlabelled = data.Batches(rows, self.config, o, self.group, stream=(6, number))
         if o.method == "reptile" or not o.outer_steps:
             return language, unlabelled, None
-        return (
-            language,
-            unlabelled,
-            data.Batches(self.labelled[language], self.config, o, self.group, self.classes, (7, number)),
-        )
+        labelled = data.Batches(self.labelled[language], self.config, o, self.group, self.classes, stream=(7, number))
+        return language, unlabelled, labelled
 
 
 # ======== active forgetting (SpidR-Adapt) ========
@@ -169,6 +163,17 @@ def fit_heads(heads, z, labels, steps, lr, group=None):
 # persist from episode to episode. The teacher stands still (ema_start = 1).
 
 
+def cyclic_lr(step, o):
+    """In an episode a linear ramp to the envelope (lr_at) of its end; in supervised steps the envelope itself."""
+    length = o.inner_steps + o.outer_steps
+    start = step - step % length
+    if o.method == "foblo" and step - start >= o.inner_steps:
+        return lr_at(step, o)
+    hold = o.warmup_steps + o.hold_steps
+    cap = lr_at(start + length if step > hold else min(start + length, hold), o)
+    return cap * min(1.0, o.lr_floor + (1 - o.lr_floor) * (step - start) / max(1, o.ramp_steps))
+
+
 def theta(model):
     return [t for name, t in model.state_dict().items() if name != "current_step"]
 
@@ -202,9 +207,8 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, a
                     forget(model, micro_batches, o, team, (o.seed, step, worker, 8), step_seed)
                 seed_step(*step_seed)
                 lr = cyclic_lr(step, o)
-                metrics = train_step(
-                    model, optimizers[i], micro_batches, lr, o, team, o.supervised_layer if supervised else 0
-                )
+                layer = o.supervised_layer if supervised else 0
+                metrics = train_step(model, optimizers[i], micro_batches, lr, o, team, layer)
                 if o.method == "foblo" and s + 1 == inner:
                     add(delta, theta(model), -1)  # theta_M
                 yield (update, i, s + 1), metrics | {"lr": torch.tensor(lr)}
@@ -238,18 +242,14 @@ def lay_out(o, place):
 
 
 def initial_model(o, place):
+    """The network that phi is taken from, and its phone inventories; the defaults that follow the init are set."""
+    changes = dict(layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=1.0)
     if o.init == "random":
-        print(
-            "warning: a random initialisation; the papers find that meta-training does not converge from one",
-            file=sys.stderr,
-        )
-        config = Config(**spidr.PRESETS[o.preset])
-        model, inventory = (
-            SpidR(replace(config, layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=1.0)),
-            {},
-        )
+        print("warning: a random initialisation; the papers find that meta-training does not converge from one",
+              file=sys.stderr)
+        model, inventory = SpidR(Config(**spidr.PRESETS[o.preset] | changes)), {}
     else:
-        model = spidr.load(o.init, layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=1.0)
+        model = spidr.load(o.init, **changes)
         inventory = spidr.read_checkpoint(o.init)[1].get("inventories", {})
     labelled_init = len(model.supervised_classifiers) > 0
     if o.beta < 0:
@@ -260,23 +260,18 @@ def initial_model(o, place):
     return model.to(place.device), inventory
 
 
-def check_options(o):
-    require(o.method in ("foblo", "reptile"), f"--method {o.method}: foblo or reptile")
-    require(min(o.workers, o.updates, o.inner_steps) >= 1 and o.outer_steps >= 0,
-            "--workers, --updates and --inner-steps are at least 1, --outer-steps is not negative")
-    require(o.alignments or not o.manifest or o.method == "reptile" or not o.outer_steps,
-            "--method foblo needs --alignments (reptile does without)")
-
-
 def main():
+    # ---- options
     o, _ = parse_options(Options, PRESETS)
     check_options(o)
+
+    # ---- setup
     place = setup(o)
     torch.manual_seed(o.seed)
     model, inventory = initial_model(o, place)
     workers, team, model.group = lay_out(o, place)
     length = o.inner_steps + o.outer_steps
-    o.steps = o.updates * len(workers) * length
+    o.steps = o.updates * len(workers) * length  # of this process
     pretrain.check_options(o, model.config)
 
     # ---- data
@@ -327,19 +322,13 @@ def worker_file(o, place, done):
 
 def save(o, place, model, phi, delta, optimizers, done, at, log, inventory):
     """Each process writes what it alone knows; then last.pt, naming the step, makes it count; then the old ones go."""
-    spidr.save(
-        worker_file(o, place, done),
-        model.state_dict(),
-        phi=phi,
-        delta=delta,
-        optimizers=[x.state_dict() for x in optimizers],
-    )
+    spidr.save(worker_file(o, place, done), model.state_dict(), phi=phi, delta=delta,
+               optimizers=[optimizer.state_dict() for optimizer in optimizers])
     barrier()
     if place.first:
         theta_now = [t.clone() for t in theta(model)]
         torch._foreach_copy_(theta(model), phi)
-        names = ["last.pt"] + [f"update_{at[0]}.pt"] * (at[0] == o.updates)
-        for name in names:
+        for name in ["last.pt"] + [f"update_{at[0]}.pt"] * (at[0] == o.updates):
             spidr.save(Path(o.out) / name, model.state_dict(), step=done, at=at, log=log.state, inventories=inventory)
         torch._foreach_copy_(theta(model), theta_now)
     barrier()
@@ -350,18 +339,10 @@ def save(o, place, model, phi, delta, optimizers, done, at, log, inventory):
 
 def summary(o, log):
     s = log.state
-    print(
-        f"{o.out}: {o.method}, {o.updates} meta-updates of {o.workers} workers, {s['audio_seconds'] / 3600:.1f} h, "
-        f"{s['seconds'] / 60:.1f} min; {s['skipped']} steps skipped"
-    )
-    print(
-        "last:",
-        *(
-            f"{name} {log.record[name]:.3f}"
-            for name in ("loss", "target_ppl", "phone_loss", "phone_accuracy")
-            if name in log.record
-        ),
-    )
+    print(f"{o.out}: {o.method}, {o.updates} meta-updates of {o.workers} workers, {s['audio_seconds'] / 3600:.1f} h, "
+          f"{s['seconds'] / 60:.1f} min; {s['skipped']} steps skipped")
+    shown = ("loss", "target_ppl", "phone_loss", "phone_accuracy")
+    print("last:", *(f"{name} {log.record[name]:.3f}" for name in shown if name in log.record))
     print(f"next: python adapt.py --init {o.out} --audio FOLDER")
 
 
