@@ -198,11 +198,9 @@ def change_table(model, before):
 
 
 def main():
-    # ---- options
+    # ---- options, setup
     o, _ = parse_options(Options, PRESETS)
     check_options(o)
-
-    # ---- setup
     place = setup(o)
     torch.manual_seed(o.seed)
     model = spidr.load(o.init, ema_start=o.ema_start, codebook_decay=o.codebook_decay).to(place.device)
@@ -250,12 +248,12 @@ def main():
             save_checkpoint(o, place, merged(model), optimizer, done, log, **more)
         if stopping and done < o.steps:
             stopped(log, done)
-    log.bar.close()
     if place.first:
         summary(o, log, rows, change_table(model, before))
 
 
 def summary(o, log, rows, table):
+    log.bar.close()
     hours = seconds_of(rows) / 3600
     print(f"{o.out}: {o.method} adaptation to {len(rows)} recordings, {60 * hours:.1f} min, in {o.steps} steps, "
           f"{log.state['seconds'] / 60:.1f} min; {log.state['skipped']} steps skipped")

@@ -261,11 +261,9 @@ def initial_model(o, place):
 
 
 def main():
-    # ---- options
+    # ---- options, setup
     o, _ = parse_options(Options, PRESETS)
     check_options(o)
-
-    # ---- setup
     place = setup(o)
     torch.manual_seed(o.seed)
     model, inventory = initial_model(o, place)
@@ -311,7 +309,6 @@ def main():
             save(o, place, model, phi, delta, optimizers, done, at, log, episodes.inventory)
         if stopping and at[0] < o.updates:
             stopped(log, done)
-    log.bar.close()
     if place.first:
         summary(o, log)
 
@@ -338,6 +335,7 @@ def save(o, place, model, phi, delta, optimizers, done, at, log, inventory):
 
 
 def summary(o, log):
+    log.bar.close()
     s = log.state
     print(f"{o.out}: {o.method}, {o.updates} meta-updates of {o.workers} workers, {s['audio_seconds'] / 3600:.1f} h, "
           f"{s['seconds'] / 60:.1f} min; {s['skipped']} steps skipped")

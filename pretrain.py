@@ -165,8 +165,8 @@ class Place:
 
 
 def setup(o):
-    world, rank, local = (int(os.environ.get(name, alone))
-                          for name, alone in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # torchrun's
+    env = os.environ.get  # torchrun's
+    world, rank, local = int(env("WORLD_SIZE", 1)), int(env("RANK", 0)), int(env("LOCAL_RANK", 0))
     try:
         device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         require(device.type in ("cuda", "cpu", "mps"), f"--device {o.device}: cuda, cpu or mps")
@@ -496,11 +496,9 @@ def sum_gradients(gradients, group):
 
 
 def main():
-    # ---- options
+    # ---- options, setup
     o, config = parse_options(Options, PRESETS, Config)
     check_options(o, config)
-
-    # ---- setup
     place = setup(o)
     torch.manual_seed(o.seed)
     model = SpidR(config).to(place.device)
@@ -515,9 +513,8 @@ def main():
     group = place.world * o.accumulate
     unlabelled = data.Batches(rows, config, o, group)
     labelled = data.Batches(labelled_rows, config, o, group, classes, stream=(1,)) if labelled_rows else None
-    valid = None
-    if o.valid:
-        valid = data.Batches(data.check_audio(data.read_manifest(o.valid), o.min_samples), config, o, stream=(2,))
+    valid_rows = data.check_audio(data.read_manifest(o.valid), o.min_samples) if o.valid else []
+    valid = data.Batches(valid_rows, config, o, stream=(2,)) if valid_rows else None
 
     # ---- model, optimizer
     for language, phones in inventory.items():
@@ -556,13 +553,13 @@ def main():
             save_checkpoint(o, place, model.state_dict(), optimizer, done, log, inventories=inventory)
         if stopping and done < o.steps:
             stopped(log, done)
-    log.bar.close()
     if place.first:
         summary(o, log)
 
 
 def summary(o, log):
     """What was trained, how long it took, how it ended, what it is worth on the toy world, and what to type next."""
+    log.bar.close()
     s = log.state
     print(f"{o.out}: {o.steps} steps, {s['audio_seconds'] / 3600:.1f} h of audio, {s['seconds'] / 60:.1f} min; "
           f"{s['skipped']} steps skipped, {s['bad_recordings']} recordings skipped")
