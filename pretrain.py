@@ -199,8 +199,9 @@ def provenance(o, config, model, place):
 
 
 def open_run(o, config, model, place):
-    """The run's folder: new, or to be resumed with the very same options. Returns the newest checkpoint, if any."""
+    """The run's folder: new, or to be resumed with the very same options. Returns the newest checkpoint, or None."""
     out, record = Path(o.out), json.loads(json.dumps(provenance(o, config, model, place)))
+    advice = "give another --out, or --restart"
     require(not out.exists() or out.is_dir(), f"--out {out} is a file")
     traces = [name for name in ("config.json", "last.pt", "metrics.jsonl") if (out / name).exists()]
     if place.first and traces and o.restart:
@@ -209,14 +210,13 @@ def open_run(o, config, model, place):
         print(f"the run that was there is {out}.{number} now")
     barrier()
     if traces and not o.restart:
-        require("config.json" in traces,
-                f"{out} holds {traces[0]} but no config.json: give another --out, or --restart")
+        require("config.json" in traces, f"{out} holds {traces[0]} but no config.json: {advice}")
         try:
             old = json.loads((out / "config.json").read_text())
             then, now = ({**r["options"], **r["model"], "ranks x accumulate": r["ranks"] * r["options"]["accumulate"]}
                          for r in (old, record))
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{out}/config.json is damaged: give another --out, or --restart") from None
+            raise InputError(f"{out}/config.json is damaged: {advice}") from None
         differs = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v and k not in FREE]
         require(not differs,
                 f"{out} holds a run with other options: {'; '.join(differs)}. Give another --out, or --restart")
@@ -224,8 +224,7 @@ def open_run(o, config, model, place):
             checkpoint = spidr.read_checkpoint(out / "last.pt")[1]
             require({"step", "log"} <= set(checkpoint), f"{out}/last.pt is no checkpoint to resume from")
             return checkpoint
-        require(not list(out.glob("step_*.pt")),
-                f"{out} holds checkpoints but no last.pt: give another --out, or --restart")
+        require(not list(out.glob("step_*.pt")), f"{out} holds checkpoints but no last.pt: {advice}")
     barrier()
     if place.first:
         try:
