@@ -67,8 +67,11 @@ class Encoder(NamedTuple):
     encode: Callable  # [waveforms] -> for each its layers 1..L, [T, D]
     units: Callable = None  # [waveforms] -> for each the units of its codebooks, [T]
 
+    def codebook(self, layer):
+        return layer - (self.layers - self.codebooks + 1)
+
     def layer(self, wanted, units=False):
-        """The layer asked for, or the middle one, where phones are clearest; for units one that has a head."""
+        """The layer asked for, or the middle one, where phones are clearest; for units one that has a codebook."""
         require(self.codebooks or not units, f"{self.name} has no codebooks, so it makes no units")
         lowest = self.layers - self.codebooks + 1 if units else 1
         layer = max(self.layers // 2, lowest) if wanted is None else wanted
@@ -95,8 +98,7 @@ def ours(name, net):
             wav = pad_sequence(wavs, batch_first=True).to(device)  # [B, N]
             padded = len(set(lengths.tolist())) > 1
             outputs = function(wav, lengths.to(device) if padded else None)  # L of [B, T, D] or [K, B, T]
-            frames = num_frames(lengths, c).tolist()
-            return [[output[b, : frames[b]].cpu() for output in outputs] for b in range(len(wavs))]
+            return [[output[b, :n].cpu() for output in outputs] for b, n in enumerate(num_frames(lengths, c).tolist())]
         return compute
 
     return Encoder(name, hash_weights(net), c.layers, c.codebooks, c.codewords, c.dim,
@@ -121,29 +123,22 @@ def import_torchaudio(what):
 
 def mfcc(wavs):
     """13 coefficients and their first and second differences, [T, 39]; 25 ms windows, centred as our frames are."""
-    torchaudio = import_torchaudio("mfcc")
-    transform = torchaudio.transforms.MFCC(16000, 13, log_mels=True, melkwargs=dict(
-        n_fft=FIELD, hop_length=HOP, n_mels=40, center=False))
+    torchaudio, pad = import_torchaudio("mfcc"), (FIELD - HOP) // 2
+    mel = dict(n_fft=FIELD, hop_length=HOP, n_mels=40, center=False)
+    transform = torchaudio.transforms.MFCC(16000, 13, log_mels=True, melkwargs=mel)
     deltas = torchaudio.functional.compute_deltas
-    found = []
-    for wav in wavs:
-        pad = (FIELD - HOP) // 2
-        c = transform(torch.nn.functional.pad(wav, (pad, pad)))  # [13, T]
-        found.append([torch.cat([c, deltas(c), deltas(deltas(c))]).T.contiguous()])
-    return found
+    found = [transform(F.pad(wav, (pad, pad))) for wav in wavs]  # [13, T]
+    return [[torch.cat([c, deltas(c), deltas(deltas(c))]).T.contiguous()] for c in found]
 
 
 def baseline(name, device, pretrained=True):
     """One of torchaudio's. pretrained=False: random weights, without a download."""
     torchaudio = import_torchaudio(name)
-    if pretrained:
-        try:
-            net = getattr(torchaudio.pipelines, name.upper()).get_model()
-        except OSError as error:  # no network, no room
-            raise InputError(f"{name}: its weights could not be downloaded: {error}") from None
-    else:
-        net = getattr(torchaudio.models, name)()
-    net = net.eval().to(device)
+    make = getattr(torchaudio.pipelines, name.upper()).get_model if pretrained else getattr(torchaudio.models, name)
+    try:
+        net = make().eval().to(device)
+    except OSError as error:  # no network, no room
+        raise InputError(f"{name}: its weights could not be downloaded: {error}") from None
 
     def encode(wavs):  # one at a time: their group norm would count padding
         return [[layer[0].cpu() for layer in net.extract_features(wav[None].to(device))[0]] for wav in wavs]
@@ -170,42 +165,40 @@ def windows(samples, longest=60, kept=20, context=5):
     return found
 
 
-@torch.no_grad()
-def extract(rows, compute, indices, batch_seconds=120):
-    """Yields (fileid, [the wanted outputs of compute]) for each file; short ones together, the shortest first."""
-    pending, parts = [], []  # [(file, window, waveform)], outputs of the current file's windows
-
-    def flush():
-        found = compute([wav for _, _, wav in pending])
-        for (row, (_, _, first, kept), _), outputs in zip(pending, found):
-            outputs = [outputs[i][first : None if kept is None else first + kept] for i in indices]
-            if parts and parts[-1][0] is row:
-                parts[-1][1].append(outputs)
-            else:
-                parts.append((row, [outputs]))
-        pending.clear()
-
-    def finished(keep):
-        while len(parts) > keep:
-            row, outputs = parts.pop(0)
-            yield row.fileid, [torch.cat(layer) for layer in zip(*outputs)]
-
+def window_batches(rows, samples):
+    """Yields [(fileid, the frames to keep, waveform)]: short files together, the shortest first."""
+    batch, longest = [], 0
     for row in tqdm(sorted(rows, key=lambda row: row.num_samples), "audio", unit="file", leave=False, disable=None):
         try:
             wav = data.standardise(data.read_audio(row.path))
         except InputError as error:
             raise InputError(f"{row.where or row.path}: {error}") from None
         require(len(wav) >= FIELD, f"{row.path}: {len(wav)} samples are too short for a frame")
-        for window in windows(len(wav)):
-            piece = wav[window[0] : window[1]]
-            longest = max([len(piece), *(len(other) for _, _, other in pending)])
-            if pending and (len(pending) + 1) * longest > batch_seconds * 16000:
-                flush()
-                yield from finished(1)
-            pending.append((row, window, piece))
-    if pending:
-        flush()
-    yield from finished(0)
+        for begin, end, first, kept in windows(len(wav)):
+            longest = max(longest, end - begin)
+            if batch and (len(batch) + 1) * longest > samples:
+                yield batch
+                batch, longest = [], end - begin
+            frames = slice(first, None if kept is None else first + kept)
+            batch.append((row.fileid, frames, wav[begin:end]))
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def extract(rows, compute, indices, batch_seconds=120):
+    """Yields (fileid, [the wanted outputs of compute]) for each file."""
+    parts = ((fileid, [outputs[i][frames] for i in indices])
+             for batch in window_batches(rows, batch_seconds * 16000)
+             for (fileid, frames, _), outputs in zip(batch, compute([wav for *_, wav in batch])))
+    for fileid, some in itertools.groupby(parts, key=lambda part: part[0]):
+        yield fileid, [torch.cat(layer) for layer in zip(*(outputs for _, outputs in some))]
+
+
+def extract_units(rows, encoder, layer):
+    """Yields (fileid, [its units by the codebook of a layer])."""
+    for fileid, (units,) in extract(rows, encoder.units, [encoder.codebook(layer)]):
+        yield fileid, units.tolist()
 
 
 def describe(encoder, layer):
@@ -213,10 +206,9 @@ def describe(encoder, layer):
 
 
 def write_features(args):
-    encoder = load_encoder(args.model)
-    layer, out = encoder.layer(args.layer), Path(args.out)
+    encoder, out = load_encoder(args.model), Path(args.out)
+    layer, old = encoder.layer(args.layer), out / "meta.json"
     meta, rows = describe(encoder, layer), data.read_manifest(args.audio)
-    old = out / "meta.json"
     require(not old.exists() or json.loads(old.read_text()) == meta, f"{out}: holds features of another model or layer")
     out.mkdir(parents=True, exist_ok=True)
     old.write_text(json.dumps(meta) + "\n")
@@ -232,28 +224,28 @@ def read_features(folder, files):
     require(Path(folder).is_dir(), f"{folder}: no such folder of features")
     features, meta = {}, Path(folder, "meta.json")
     for file in files:
-        path = next((path for suffix in (".npy", ".pt") if (path := Path(folder, file + suffix)).exists()), None)
+        path = Path(folder, f"{file}.npy")
         try:
-            if path is not None:
-                features[file] = (torch.from_numpy(np.load(path)) if path.suffix == ".npy"
-                                  else torch.load(path, map_location="cpu", weights_only=True))
+            if path.exists():
+                features[file] = torch.from_numpy(np.load(path))
+            elif (path := Path(folder, f"{file}.pt")).exists():
+                features[file] = torch.load(path, map_location="cpu", weights_only=True)
         except (ValueError, RuntimeError, EOFError) as error:
             raise InputError(f"{path}: not an array of features: {error}") from None
     return features, json.loads(meta.read_text()) if meta.exists() else {}
 
 
 def write_units(args):
-    encoder = load_encoder(args.model)
-    layer = encoder.layer(args.layer, units=True)
-    rows, out = data.read_manifest(args.audio), Path(args.out)
-    k = layer - (encoder.layers - encoder.codebooks + 1)
+    encoder, out = load_encoder(args.model), Path(args.out)
+    layer, rows = encoder.layer(args.layer, units=True), data.read_manifest(args.audio)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.part", "w", encoding="utf-8") as file:
         print(json.dumps(describe(encoder, layer) | dict(codewords=encoder.codewords)), file=file)
-        for fileid, (units,) in extract(rows, encoder.units, [k]):
-            print(json.dumps(dict(fileid=fileid, units=units.tolist())), file=file)
+        for fileid, units in extract_units(rows, encoder, layer):
+            print(json.dumps(dict(fileid=fileid, units=units)), file=file)
     os.replace(f"{out}.part", out)
-    print(f"{len(rows)} files, units of layer {layer} (codebook {k}) of {encoder.name} at {RATE} Hz: {out}")
+    print(f"{len(rows)} files, units of layer {layer} (codebook {encoder.codebook(layer)}) of {encoder.name} "
+          f"at {RATE} Hz: {out}")
 
 
 def read_units(path, **expected):
@@ -987,11 +979,13 @@ TASKS = {"swuggy": ("lexical", "frequency", frequency_band), "tsc": ("tsc", None
 
 
 def read_pairs(folder, column, groups):
+    sides, path = [], folder / "gold.csv"
     if not column:  # tSC has no gold.csv
-        paths = [p for p in sorted(folder.glob("*.wav")) if p.stem.endswith(("_correct", "_incorrect"))]
-        return [Side(id, "", side == "correct", path.stem, ["all"], path) for path in paths
-                for id, _, side in [path.stem.rpartition("_")]]
-    path, sides = folder / "gold.csv", []
+        for path in sorted(folder.glob("*.wav")):
+            id, separator, side = path.stem.rpartition("_")
+            if separator and side in ("correct", "incorrect"):
+                sides.append(Side(id, "", side == "correct", path.stem, ["all"], path))
+        return sides
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, restval="")
         missing = {"id", "filename", "voice", "correct", column} - set(reader.fieldnames or [])
@@ -1029,15 +1023,15 @@ def units_of_pairs(args, lm, folder, sides):
         return {name: units[name] for name in wanted}
     rows = []
     for name, where in wanted.items():
-        samples, problem = data.inspect(folder / f"{name}.wav", FIELD)
-        require(not problem, f"{where}: {folder / name}.wav: {problem}")
-        rows.append(data.Row(name, str(folder / f"{name}.wav"), samples, where=where))
+        path = str(folder / f"{name}.wav")
+        samples, problem = data.inspect(path, FIELD)
+        require(not problem, f"{where}: {path}: {problem}")
+        rows.append(data.Row(name, path, samples, where=where))
     encoder = load_encoder(args.model)
     layer = encoder.layer(lm.units["layer"], units=True)
     require(encoder.hash == lm.units["hash"], f"--model {args.model}: other weights than those of {lm.units['model']}, "
             f"on whose units --lm {args.lm} was trained")
-    found = extract(rows, encoder.units, [layer - (encoder.layers - encoder.codebooks + 1)])
-    return {name: units.tolist() for name, (units,) in found}
+    return dict(extract_units(rows, encoder, layer))
 
 
 def run_pairs(args):
