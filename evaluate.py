@@ -275,8 +275,8 @@ class Run(NamedTuple):
     hi: int
     phones: np.ndarray  # [S] its phones, ascending; a "set" is the tokens of one phone in one run
     starts: np.ndarray  # [S] first token of each set, counted from lo
-    sizes: np.ndarray  # [S] tokens of each set
     index: np.ndarray  # [hi - lo] the set of each token
+    sizes: np.ndarray  # [S] tokens of each set
 
 
 class Item(NamedTuple):
@@ -336,16 +336,6 @@ def abx_tokens(features, items):
         tokens.append(item)
         frames.append(found)
     return tokens, frames, "; ".join(f"{n} of {len(items)} items {why}" for why, n in lost.items() if n)
-
-
-def make_runs(group, speaker, phone):
-    """Tokens sorted by (group, speaker, phone) -> their runs."""
-    edges = np.flatnonzero((np.diff(group) != 0) | (np.diff(speaker) != 0)) + 1
-    runs = []
-    for lo, hi in zip([0, *edges], [*edges, len(group)]):
-        phones, starts, index, sizes = np.unique(phone[lo:hi], True, True, True)
-        runs.append(Run(group[lo], speaker[lo], lo, hi, phones, starts, sizes, index))
-    return runs
 
 
 # ======== ABX: distances ========
@@ -431,17 +421,14 @@ class PairDistances:
 
     def __init__(self, frames, lengths, distance, pool):
         self.frames, self.lengths, self.distance, self.pool = frames, lengths, distance, pool
-        self.ends = np.cumsum(lengths)
+        self.begins = np.cumsum(lengths) - lengths
         self.held, self.blocks, self.pairs, self.jobs = 0, [], [], []
 
     def gather(self, tokens):
-        """The rows of these tokens (ascending) in the table of frames, and where each token begins among them."""
+        """The rows of these tokens in the table of frames, how many each has, and where it begins among them."""
         lengths = self.lengths[tokens]
         begins = np.cumsum(lengths) - lengths
-        first, end = self.ends[tokens[0]] - lengths[0], self.ends[tokens[-1]]
-        if end - first == lengths.sum():
-            return slice(first, end), begins
-        return np.repeat(self.ends[tokens] - lengths - begins, lengths) + np.arange(lengths.sum()), begins
+        return np.repeat(self.begins[tokens] - begins, lengths) + np.arange(lengths.sum()), lengths, begins
 
     def add(self, x, y, wanted, x_as_x, y_as_x):
         """The pairs of runs x and y where wanted [x, y]: into x_as_x [x, y] and, the roles swapped, y_as_x [y, x]."""
@@ -452,28 +439,23 @@ class PairDistances:
             cols = wanted[rows].any(0).nonzero()[0]
             if len(cols) == 0:
                 continue
-            (frames_x, begins_x), (frames_y, begins_y) = self.gather(x.lo + rows), self.gather(y.lo + cols)
-            lengths_x, lengths_y = self.lengths[x.lo + rows], self.lengths[y.lo + cols]
+            frames_x, lengths_x, begins_x = self.gather(x.lo + rows)
+            frames_y, lengths_y, begins_y = self.gather(y.lo + cols)
             i, j = wanted[rows[:, None], cols].nonzero()
-            step = lengths_y.sum()
-            start = self.held + begins_x[i] * step + begins_y[j]
+            start, step = self.held + begins_x[i] * len(frames_y) + begins_y[j], np.full(len(i), len(frames_y))
             self.blocks.append((frames_x, frames_y))
-            self.pairs.append((np.stack([start, np.full(len(i), step), lengths_x[i], lengths_y[j]]),
+            self.pairs.append((np.stack([start, step, lengths_x[i], lengths_y[j]]),
                                (x_as_x, rows[i], cols[j]), (y_as_x, cols[j], rows[i])))
-            self.held += lengths_x.sum() * step
+            self.held += len(frames_x) * len(frames_y)
             if self.held >= self.job_size:
                 self.submit()
 
-    def submit(self):
+    def submit(self, most=16):
+        """Hands what is held to the pool; waits while there are more jobs than `most`."""
         if self.pairs:
             self.jobs.append(self.pool.submit(self.compute, self.blocks, self.pairs))
             self.held, self.blocks, self.pairs = 0, [], []
-        if len(self.jobs) > 16:
-            self.jobs.pop(0).result()
-
-    def finish(self):
-        self.submit()
-        while self.jobs:
+        while len(self.jobs) > most:
             self.jobs.pop(0).result()
 
     def compute(self, blocks, pairs):
@@ -486,11 +468,10 @@ class PairDistances:
             some = order[at : at + max(1, self.batch_size // table[2, order[at]])]
             found[:, some] = dtw(cost, *torch.from_numpy(table[:, some]).to(cost.device)).cpu().numpy()
             at += len(some)
-        at = 0
-        for table, *targets in pairs:
-            for (into, i, j), values in zip(targets, found[:, at : at + table.shape[1]]):
+        ends = np.cumsum([table.shape[1] for table, *_ in pairs])
+        for (_, *targets), distances in zip(pairs, np.split(found, ends[:-1], 1)):
+            for (into, i, j), values in zip(targets, distances):
                 into[i, j] = values
-            at += table.shape[1]
 
 
 # ======== ABX: cells ========
@@ -498,10 +479,10 @@ class PairDistances:
 
 def active_sets(x, ab, chosen):
     """Which sets of the run x serve as X against A and B of the run ab. -> [S] bool"""
-    if len(ab.phones) < 2:
-        return np.zeros(len(x.phones), bool)  # no B
-    if x is ab:
-        return x.sizes >= 2  # A and X are two tokens of the set
+    if len(ab.phones) < 2:  # no B
+        return np.zeros(len(x.phones), bool)
+    if x is ab:  # A and X are two tokens of the set
+        return x.sizes >= 2
     active = np.isin(x.phones, ab.phones)
     if chosen is not None:
         active &= np.array([x.speaker in chosen.get((ab.group, phone, ab.speaker), ()) for phone in x.phones])
@@ -532,9 +513,8 @@ def score_cells(distance, x, ab, active):
 
 def abx_cells(runs, speaker, pairs, chosen):
     """Every cell. -> [cells, 5]: A, B, the speaker of both, errors, triples"""
-    if speaker == "within":
-        units = [(run, run) for run in runs]
-    else:
+    units = [(run, run) for run in runs]
+    if speaker == "across":
         groups = itertools.groupby(runs, key=lambda run: run.group)
         units = [unit for _, members in groups for unit in itertools.combinations(members, 2)]
     cells, waiting = [np.empty((0, 5))], []
@@ -553,7 +533,7 @@ def abx_cells(runs, speaker, pairs, chosen):
                 waiting.append((reverse, y, x, y_active))
             waiting.append((distance, x, y, x_active))
         if len(pairs.jobs) >= 8 or n == len(units):
-            pairs.finish()
+            pairs.submit(most=0)
             cells += [score_cells(*cell) for cell in waiting]
             waiting = []
     return np.concatenate(cells)
@@ -561,17 +541,16 @@ def abx_cells(runs, speaker, pairs, chosen):
 
 def average(keys, values):
     """The mean of the values of equal keys. keys [n, .] -> the different keys, their means"""
-    keys, index = np.unique(keys, axis=0, return_inverse=True)
-    index = index.reshape(-1)
-    return keys, np.bincount(index, values) / np.bincount(index)
+    keys, index, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
+    return keys, np.bincount(index.reshape(-1), values) / counts
 
 
 def choose_speakers(runs, most, random):
     """For each context, phone and speaker of A and B: at most so many speakers of X."""
     members = {}
-    for run_ in runs:
-        for phone in run_.phones:
-            members.setdefault((run_.group, phone), []).append(run_.speaker)
+    for group, speaker, _, _, phones, *_ in runs:
+        for phone in phones:
+            members.setdefault((group, phone), []).append(speaker)
     return {(group, phone, speaker): set(random.permutation([s for s in speakers if s != speaker])[:most])
             for (group, phone), speakers in members.items() for speaker in speakers}
 
@@ -583,10 +562,13 @@ def sort_tokens(tokens, context, max_size_group, random):
     keys = np.stack([np.unique(column, return_inverse=True)[1] for column in columns])  # [3, tokens]
     order = np.arange(len(tokens)) if max_size_group is None else random.permutation(len(tokens))
     order = order[np.lexsort(keys[::-1, order])]
-    runs = make_runs(*keys[:, order])
     if max_size_group is not None:  # as in fastabx, a set has the same tokens in all cells and all roles
-        order = order[np.concatenate([np.arange(len(r.index)) - r.starts[r.index] < max_size_group for r in runs])]
-        runs = make_runs(*keys[:, order])
+        starts = np.flatnonzero(np.diff(keys[:, order], prepend=-1).any(0))
+        order = order[np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order))) < max_size_group]
+    group, speaker, phone = keys[:, order]
+    edges = np.flatnonzero(np.diff(keys[:2, order], prepend=-1).any(0))
+    runs = [Run(group[lo], speaker[lo], lo, hi, *np.unique(phone[lo:hi], True, True, True))
+            for lo, hi in zip(edges, [*edges[1:], len(order)])]
     return order, runs, keys.max(1) + 1
 
 
@@ -608,13 +590,13 @@ def abx_details(features, item_file, speaker="within", context="within", distanc
     for name, value, allowed in (("speaker", speaker, ("within", "across")), ("context", context, ("within", "any")),
                                  ("distance", distance, ("angular", "euclidean", "kl", "identity"))):
         require(value in allowed, f"abx: {name} is {' or '.join(allowed)}, not {value!r}")
-    items, random = read_items(item_file, frame_rate), np.random.default_rng(seed)
+    items, random, chosen = read_items(item_file, frame_rate), np.random.default_rng(seed), None
     with thread_pool() as pool:
         tokens, frames, note = abx_tokens(features, items)
         require(tokens, f"{item_file}: none of its {len(items)} items can be used: {note}")
         order, runs, (_, speakers, phones) = sort_tokens(tokens, context, max_size_group, random)
-        choose = speaker == "across" and max_x_across is not None
-        chosen = choose_speakers(runs, max_x_across, random) if choose else None
+        if speaker == "across" and max_x_across is not None:
+            chosen = choose_speakers(runs, max_x_across, random)
         lengths = np.array([len(frames[i]) for i in order])
         table = prepare(torch.cat([frames[i] for i in order]), distance)
         cells = abx_cells(runs, speaker, PairDistances(table, lengths, distance, pool), chosen)
@@ -653,7 +635,7 @@ def abx_by_layer(args):
     layers = range(1, encoder.layers + 1) if args.layer == "all" else [encoder.layer(args.layer)]
     rows = [row for row in data.read_manifest(args.audio) if row.fileid in files]
     require(rows, f"{args.audio}: none of the {len(files)} files of {args.items}")
-    size = sum(row.num_samples for row in rows) / HOP * encoder.dim * 4
+    size = sum(row.num_samples for row in rows) / HOP * encoder.dim * 4  # bytes of a layer
     at_once = max(1, int(4e9 / size))
     for some in (layers[i : i + at_once] for i in range(0, len(layers), at_once)):
         features = dict(extract(rows, encoder.encode, [layer - 1 for layer in some]))
@@ -673,12 +655,10 @@ def run_abx(args):
         print(f"{layer:>5}" + "".join(f"{one['error']:10.2f}" for one in found), flush=True)
         records += [dict(layer=layer) | one for one in found]
     for one in found:
-        print(
-            "{speaker} speaker, {context} context, {distance} distance, {frame_rate} Hz: {items} items, {cells} cells, "
-            "{triples} triples; tokens in a cell: {max_size_group}, speakers of X: {max_x_across}, seed {seed}".format(
-                **{name: "all" if value is None else value for name, value in one.items()}
-            )
-        )
+        shown = {name: "all" if value is None else value for name, value in one.items()}
+        print("{speaker} speaker, {context} context, {distance} distance, {frame_rate} Hz: {items} items, "
+              "{cells} cells, {triples} triples; tokens in a cell: {max_size_group}, speakers of X: {max_x_across}, "
+              "seed {seed}".format(**shown))
     if found[0]["note"]:
         print(f"note: {found[0]['note']}", file=sys.stderr)
     if args.out:
