@@ -1042,7 +1042,7 @@ def run_pairs(args):
 # ======== the report ========
 
 
-def toy_abx(encoders, toy, languages, most=5, speakers=2):
+def toy_abx(encoders, toy, languages):
     """ABX on the toy world, a few tokens a cell: [{name, layer, language, within, across}]."""
     records = []
     for language in languages:
@@ -1051,35 +1051,31 @@ def toy_abx(encoders, toy, languages, most=5, speakers=2):
             found = dict(extract(rows, encoder.encode, range(encoder.layers)))
             for layer in range(encoder.layers):
                 features = {file: outputs[layer] for file, outputs in found.items()}
-                errors = {speaker: abx(features, items, speaker, max_size_group=most, max_x_across=speakers)
+                errors = {speaker: abx(features, items, speaker, max_size_group=5, max_x_across=2)
                           for speaker in ("within", "across")}
                 records.append(dict(name=name, layer=layer + 1, language=language) | errors)
     return records
 
 
-def best_layer(records, name, kind="across"):
-    """A model's layer with the least mean error over the given records, and that error."""
-    layers = sorted({r["layer"] for r in records if r["name"] == name})
-    means = {
-        layer: np.mean([r[kind] for r in records if r["name"] == name and r["layer"] == layer]) for layer in layers
-    }
-    layer = min(means, key=means.get)
-    return layer, float(means[layer])
+def by_layer(records, languages, kind="across"):
+    """{name: {layer: mean error over the languages}}."""
+    found = {}
+    for r in records:
+        if r["language"] in languages:
+            found.setdefault(r["name"], {}).setdefault(r["layer"], []).append(r[kind])
+    return {name: {layer: np.mean(layers[layer]) for layer in sorted(layers)} for name, layers in found.items()}
 
 
 def print_abx(records, targets):
     """A line a model: its best layer on unseen languages, and the errors there on unseen and on seen languages."""
-    unseen, names = [r for r in records if r["language"] in targets], list(dict.fromkeys(r["name"] for r in records))
-    seen = [r for r in records if r not in unseen]
-    print(
-        f"{'ABX error, %':24} {'layer':>5} {'unseen: within':>15} {'across':>7}"
-        + f" {'seen: within':>15} {'across':>7}" * bool(seen)
-    )
-    for name in names:
-        layer, _ = best_layer(unseen, name)
-        means = [np.mean([r[kind] for r in part if r["name"] == name and r["layer"] == layer])
-                 for part in (unseen, seen) if part for kind in ("within", "across")]
-        print(f"{name:24} {layer:>5} " + " ".join(f"{mean:{width}.2f}" for mean, width in zip(means, (15, 7, 15, 7))))
+    seen = {r["language"] for r in records} - set(targets)
+    print(f"{'ABX error, %':24} {'layer':>5} {'unseen: within':>15} {'across':>7}"
+          + f" {'seen: within':>15} {'across':>7}" * bool(seen))
+    tables = [by_layer(records, part, kind) for part in (targets, seen) if part for kind in ("within", "across")]
+    for name, across in tables[1].items():
+        layer = min(across, key=across.get)
+        means = [f"{table[name][layer]:{width}.2f}" for table, width in zip(tables, (15, 7, 15, 7))]
+        print(f"{name:24} {layer:>5} " + " ".join(means))
 
 
 def print_toy_abx(toy, runs):
@@ -1120,79 +1116,59 @@ def report(out="runs"):
     world = json.loads((toy / "toy.json").read_text())
     encoders, records = print_toy_abx(toy, {f"{stage}: {path}": path for stage, (path, _) in runs.items()})
 
-    language = world["lm_language"]
-    layer = encoders[f"{next(iter(runs))}: {path}"].layer(None, units=True)
+    language, first = world["lm_language"], encoders[f"{next(iter(runs))}: {path}"]
+    layer = first.layer(None, units=True)
     print(f"\nunits of layer {layer}, {language}")
     qualities = {}
     for name, encoder in encoders.items():
         if not encoder.codebooks:
             continue
-        units = dict(extract(data.read_manifest(toy / "eval" / f"{language}.csv"), encoder.units,
-                             [layer - (encoder.layers - encoder.codebooks + 1)]))
+        units = dict(extract_units(data.read_manifest(toy / "eval" / f"{language}.csv"), encoder, layer))
         phones = {file: p for file, (p, _) in data.read_alignments(toy / "eval" / f"{language}_alignments.csv").items()}
-        qualities[name] = quality({file: u.tolist() for file, (u,) in units.items()}, phones, encoder.codewords)
+        qualities[name] = quality(units, phones, encoder.codewords)
         print(f"{name:24} " + "  ".join(f"{key} {value:.3g}" for key, value in qualities[name].items()))
 
     began -= time.time()
-    lm = toy_lm(path, layer, toy, Path(out))
+    lm = toy_lm(path, f"{first.hash}_{layer}", layer, toy, Path(out))
     began += time.time()
     pairs = {}
-    for task, folder in (("swuggy", "lexical"), ("sblimp", "syntactic"), ("tsc", "tsc")):
+    for task in ("swuggy", "sblimp", "tsc"):
         print()
-        pairs[task] = run_pairs(
-            parse([task, "--lm", str(lm), "--model", str(path), "--data", str(toy / "lm" / folder)])
-        )
+        folder = toy / "lm" / TASKS[task][0]
+        pairs[task] = run_pairs(parse([task, "--lm", str(lm), "--model", str(path), "--data", str(folder)]))
     curves = {str(path): [json.loads(line) for line in open(path / "metrics.jsonl")] for path, _ in runs.values()}
     draw(Path(out) / "report.svg", records, world["targets"], curves)
     Path(out, "report.json").write_text(json.dumps(dict(abx=records, quality=qualities, pairs=pairs), indent=1) + "\n")
     print(f"\n{out}/report.json, {out}/report.svg; {time.time() - began:.0f} s without the language model")
 
 
-def toy_lm(path, layer, toy, out):
+def toy_lm(path, name, layer, toy, out):
     """The folder of a language model on the units of a run, trained if it is not there yet."""
-    encoder = load_encoder(str(path))
-    units, folder = out / f"units_{encoder.hash}_{layer}.jsonl", out / f"lm_{encoder.hash}_{layer}"
+    units, folder = out / f"units_{name}.jsonl", out / f"lm_{name}"
     if not units.exists():
-        write_units(
-            parse(
-                [
-                    "units",
-                    "--model",
-                    str(path),
-                    "--audio",
-                    str(toy / "lm" / "train.csv"),
-                    "--layer",
-                    str(layer),
-                    "--out",
-                    str(units),
-                ]
-            )
-        )
+        write_units(parse(["units", "--model", str(path), "--audio", str(toy / "lm" / "train.csv"),
+                           "--layer", str(layer), "--out", str(units)]))
     train_lm(["--preset", "tiny", "--units", str(units), "--out", str(folder)])
     return folder
 
 
 def draw(path, records, targets, curves):
     """Four plots side by side, plain SVG: ABX by layer on unseen languages, and the curves of a run's health."""
-    by_layer = {}
-    for name in dict.fromkeys(r["name"] for r in records):
-        points = [(r["layer"], r["across"]) for r in records if r["name"] == name and r["language"] in targets]
-        means = [(x, np.mean([y for layer, y in points if layer == x])) for x in sorted({x for x, _ in points})]
-        by_layer[name] = (
-            means if len(means) > 1 else [(1, means[0][1]), (max(r["layer"] for r in records), means[0][1])]
-        )
-    plots = [("unseen languages: ABX across, %, by layer", by_layer)]
+    deepest, lines = max(r["layer"] for r in records), {}
+    for name, means in by_layer(records, targets).items():
+        first, *others = means.items()
+        lines[name] = [first, *(others or [(deepest, first[1])])]  # a model of one layer is a level line
+    plots = [("unseen languages: ABX across, %, by layer", lines)]
     for key in ("loss", "target_ppl", "phone_accuracy"):
         lines = {name: [(r["step"], r[key]) for r in log if key in r] for name, log in curves.items()}
         plots.append((f"{key}, by step", {name: line for name, line in lines.items() if line}))
     shapes = [plot(title, lines, 330 * i) for i, (title, lines) in enumerate(plots) if lines]
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{330 * len(plots)}" height="290" font-family="sans-serif" '
-        f'font-size="11"><rect width="100%" height="100%" fill="white"/>{"".join(shapes)}</svg>\n'
-    )
+        f'font-size="11"><rect width="100%" height="100%" fill="white"/>{"".join(shapes)}</svg>\n')
 
 
-def plot(title, lines, left, colours=("#888", "#c93", "#36c", "#393", "#a3a", "#c33")):
+def plot(title, lines, left):
     """One plot of {name: [(x, y)]}, 330 x 290, with its axes' ends and a legend."""
     xs, ys = ([point[i] for line in lines.values() for point in line] for i in (0, 1))
     (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
@@ -1202,17 +1178,14 @@ def plot(title, lines, left, colours=("#888", "#c93", "#36c", "#393", "#a3a", "#
 
     parts = [f'<text x="{left + 45}" y="18" font-size="12">{title}</text>',
              f'<path d="M{left + 45} 26V194H{left + 312}" fill="none" stroke="black"/>']
-    for text, x, y, anchor in (
-        (f"{y1:.3g}", 41, 34, "end"),
-        (f"{y0:.3g}", 41, 193, "end"),
-        (f"{x0:g}", 45, 208, "middle"),
-        (f"{x1:g}", 310, 208, "middle"),
-    ):
+    for text, x, y, anchor in ((f"{y1:.3g}", 41, 34, "end"), (f"{y0:.3g}", 41, 193, "end"),
+                               (f"{x0:g}", 45, 208, "middle"), (f"{x1:g}", 310, 208, "middle")):
         parts.append(f'<text x="{left + x}" y="{y}" text-anchor="{anchor}">{text}</text>')
-    for i, (name, line) in enumerate(lines.items()):
+    colours = itertools.cycle(("#888", "#c93", "#36c", "#393", "#a3a", "#c33"))
+    for i, ((name, line), colour) in enumerate(zip(lines.items(), colours)):
         points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colours[i % 6]}" stroke-width="1.5"/>')
-        parts.append(f'<text x="{left + 45}" y="{224 + 13 * i}" fill="{colours[i % 6]}">{name}</text>')
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<text x="{left + 45}" y="{224 + 13 * i}" fill="{colour}">{name}</text>')
     return "".join(parts)
 
 
