@@ -43,10 +43,8 @@ from tqdm import tqdm
 import data
 import model as network
 from model import InputError, all_sum, num_frames, require, run
-from pretrain import (
-    Log, Parser, Stop, autocast, finished, lr_at, make_optimizer, open_run, parse_options, save_checkpoint, seed_step,
-    setup, stopped, update,
-)
+from pretrain import (Log, Parser, Stop, autocast, finished, lr_at, make_optimizer, open_run, parse_options,
+                      save_checkpoint, seed_step, setup, stopped, update)
 
 RATE, HOP, FIELD = 50, 320, 400  # frames a second; samples from one frame to the next, and under one frame
 BASELINES = ("mfcc", "wav2vec2_base", "hubert_base", "wavlm_base")
@@ -863,8 +861,8 @@ def train_lm(arguments):
         network.load_state(lm, checkpoint["model"], o.out)
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, state = int(checkpoint["step"]), checkpoint["log"]
-        if first >= o.steps:
-            return finished(o, place)
+    if first >= o.steps:
+        return finished(o, place)
     log, stop = Log(o, place, first, state), Stop(place)
 
     # ---- loop
@@ -1192,10 +1190,6 @@ def plot(title, lines, left):
 # ======== command line ========
 
 
-def layer_or_all(text):
-    return text if text == "all" else positive(text)
-
-
 def positive(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
@@ -1223,7 +1217,8 @@ def parse(arguments=None):
     add("--model", help=models)
     add("--audio", help="a folder of audio, a manifest or one file")
     add("--features", help="a folder of .npy or .pt files [T, D], instead of --model and --audio")
-    add("--layer", type=layer_or_all, default="all", help="counted from 1 [all]")
+    add("--layer", type=lambda text: text if text == "all" else positive(text), default="all",
+        help="counted from 1 [all]")
     add("--speaker", choices=["within", "across", "both"], default="both")
     add("--context", choices=["within", "any"], default="within")
     add("--distance", choices=["angular", "euclidean", "kl", "identity"], default="angular")
@@ -1237,11 +1232,8 @@ def parse(arguments=None):
         add("--lm", required=True, help="a run's folder or a checkpoint of 'lm'")
         add("--model", help="whose units it was trained on")
         add("--units", help="units of the wav files, instead of --model")
-        add(
-            "--data",
-            required=True,
-            help="a folder with wav files and gold.csv (tsc: ID_correct.wav, ID_incorrect.wav), or with such a dev/",
-        )
+        add("--data", required=True, help="a folder with wav files and gold.csv "
+            "(tsc: ID_correct.wav, ID_incorrect.wav), or with such a dev/")
         add("--out", help="a folder: the scores as the challenge wants them, and a JSON file")
     add = verb("quality", run_quality, "PNMI, purities, perplexity and bitrate of units")
     add("--units", required=True, help="as 'units' writes them")
