@@ -768,19 +768,10 @@ def test_budgets():
 # ======== evaluation ========
 # The ABX numbers are fastabx 0.9.0's on the items and features of `abx_world`.
 
-GOLDEN_ABX = {
-    ("angular", "within", "within"): 0.146044,
-    ("angular", "within", "any"): 0.140348,
-    ("angular", "across", "within"): 0.470004,
-    ("angular", "across", "any"): 0.470462,
-    ("euclidean", "within", "within"): 0.082544,
-    ("euclidean", "within", "any"): 0.081195,
-    ("euclidean", "across", "within"): 0.405840,
-    ("euclidean", "across", "any"): 0.405882,
-    ("identity", "within", "within"): 0.373238,
-    ("identity", "within", "any"): 0.364363,
-    ("identity", "across", "within"): 0.502062,
-    ("identity", "across", "any"): 0.499976,
+GOLDEN_ABX = {  # within speakers: within contexts, any; across speakers: the same
+    "angular": (0.146044, 0.140348, 0.470004, 0.470462),
+    "euclidean": (0.082544, 0.081195, 0.405840, 0.405882),
+    "identity": (0.373238, 0.364363, 0.502062, 0.499976),
 }
 
 
@@ -798,23 +789,22 @@ def abx_world(folder):
         x = torch.sin(1.3 * phone * (d + 1) + 0.8 * speaker) + 1.2 * torch.sin(12.9 * source + 4.1 * t + 7.7 * d)
         x = x.float() if speaker else (x * 1.5).round().float() + 0.25  # the first speaker on a grid: ties
         at = sum(map(len, features[file]))
-        lines.append(
-            f"{file} {(2 * at + 1) / 100:.2f} {(2 * (at + len(x)) - 1) / 100:.2f} p{phone} c{context} c s{speaker}"
-        )
+        onset, offset = (2 * at + 1) / 100, (2 * (at + len(x)) - 1) / 100
+        lines.append(f"{file} {onset:.2f} {offset:.2f} p{phone} c{context} c s{speaker}")
         features[file] += [x, torch.full((1, 3), 9.0)]
     path = folder / "x.item"
     path.write_text("\n".join(lines) + "\n")
     return {file: torch.cat(x) for file, x in features.items()}, path
 
 
-@pytest.mark.parametrize("distance", ["angular", "euclidean", "identity"])
+@pytest.mark.parametrize("distance", GOLDEN_ABX)
 def test_abx_equals_fastabx(tmp_path, distance):
     features, items = abx_world(tmp_path)
     if distance == "identity":
         features = {file: (x[:, 0] > 0).long() for file, x in features.items()}
-    for speaker, context in itertools.product(("within", "across"), ("within", "any")):
-        found = evaluate.abx(features, items, speaker=speaker, context=context, distance=distance)
-        assert found / 100 == pytest.approx(GOLDEN_ABX[distance, speaker, context], abs=1e-4)
+    found = [evaluate.abx(features, items, speaker=speaker, context=context, distance=distance) / 100
+             for speaker, context in itertools.product(("within", "across"), ("within", "any"))]
+    assert found == pytest.approx(GOLDEN_ABX[distance], abs=1e-4)
 
 
 def test_abx_subsampled(tmp_path):
@@ -876,9 +866,8 @@ def speech(tmp_path):
 
 def test_features_units_and_layers(speech):
     folder, net = speech
-    run = str(folder / "run")
-    encoder, rows = evaluate.load_encoder(run, "cpu"), data.read_manifest(folder / "audio")
-    alone = {}
+    run, audio, out = str(folder / "run"), str(folder / "audio"), str(folder / "u.jsonl")
+    encoder, rows, alone = evaluate.load_encoder(run, "cpu"), data.read_manifest(audio), {}
     for row in rows:
         wav = data.standardise(data.read_audio(row.path))[None]
         with torch.no_grad():
@@ -887,8 +876,7 @@ def test_features_units_and_layers(speech):
         assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(outputs, alone[fileid][0]))
     assert [encoder.layer(None), encoder.layer(None, units=True), encoder.layer(4, units=True)] == [2, 2, 4]
     for layer in (2, 3, 4):  # K = 3 codebooks of L = 4 layers: codebook k belongs to layer 2 + k
-        out = str(folder / "u.jsonl")
-        evaluate.write_units(evaluate.parse(["units", "--model", run, "--audio", str(folder / "audio"), "--out", out,
+        evaluate.write_units(evaluate.parse(["units", "--model", run, "--audio", audio, "--out", out,
                                              "--layer", str(layer)]))
         header, units = evaluate.read_units(out, layer=layer, hash=encoder.hash)
         assert header["codewords"] == 48 and units == {f: x[1][layer - 2].tolist() for f, x in alone.items()}
@@ -897,8 +885,8 @@ def test_features_units_and_layers(speech):
             evaluate.read_units(out, **wrong)
     with pytest.raises(InputError, match="--layer 1"):
         encoder.layer(1, units=True)
-    evaluate.write_features(evaluate.parse(["features", "--model", run, "--audio", str(folder / "audio"), "--out",
-                                            str(folder / "f"), "--layer", "3"]))
+    evaluate.write_features(evaluate.parse(["features", "--model", run, "--audio", audio, "--out", str(folder / "f"),
+                                            "--layer", "3"]))
     features, meta = evaluate.read_features(folder / "f", ["a0", "a2", "missing"])
     assert sorted(features) == ["a0", "a2"] and meta["layer"] == 3
     assert torch.allclose(features["a2"], alone["a2"][0][2], atol=1e-5)
@@ -930,12 +918,11 @@ def test_baselines():
 
 # ======== language model ========
 
-
 HEADER = dict(model="M", hash="0f", layer=3, frame_rate=50, codewords=8)
 
 
 def write_units_file(path, units, **changes):
-    lines = [HEADER | changes] + [dict(fileid=file, units=list(map(int, sequence))) for file, sequence in units.items()]
+    lines = [HEADER | changes] + [dict(fileid=file, units=sequence) for file, sequence in units.items()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -962,9 +949,7 @@ def slow_score(lm, units):
     units, total, half = evaluate.dedupe(units), 0.0, (lm.context + 1) // 2
     tokens = [lm.boundary, *units]
     for t in range(1, len(tokens)):
-        start = max(
-            0, -(-(t - lm.context) // half) * half
-        )  # the first window, by steps of half a context, that reaches t
+        start = max(0, -(-(t - lm.context) // half) * half)  # the first window, by half contexts, that reaches t
         prefix = torch.tensor(tokens[start:t])[None]
         x = lm.norm(lm.blocks(lm.embedding(prefix) + lm.position.weight[: t - start]))
         total += lm.head(x)[0, -1].log_softmax(-1)[tokens[t]].item()
@@ -986,17 +971,8 @@ def test_score_is_the_mean_log_probability_of_each_unit_after_its_prefix():
 
 
 def train(folder, units, *more):
-    evaluate.train_lm(
-        [
-            "--units",
-            str(units),
-            "--out",
-            str(folder),
-            "--layers", "2", "--dim", "32", "--heads", "2", "--context", "32", "--batch-tokens", "512", "--log-every",
-            "5", "--device", "cpu",
-            *map(str, more),
-        ]
-    )
+    small = "--layers 2 --dim 32 --heads 2 --context 32 --batch-tokens 512 --log-every 5 --device cpu".split()
+    evaluate.train_lm(["--units", str(units), "--out", str(folder), *small, *map(str, more)])
     return torch.load(folder / "last.pt", weights_only=True)
 
 
@@ -1009,12 +985,12 @@ def trained(tmp_path_factory):
     return folder
 
 
-def pairs_of(make_wrong):
+def reversed_pairs():
     sides, units = [], {}
     for i in range(40):
         for voice in "ab":
             right = successors(1000 + 2 * i + (voice == "b"), 20)
-            for correct, sequence in ((True, right), (False, make_wrong(right, i))):
+            for correct, sequence in ((True, right), (False, right[::-1])):
                 file = f"{i}{voice}{correct}"
                 sides.append(evaluate.Side(str(i), voice, correct, file, ["all"], f"gold.csv:{len(sides) + 2}"))
                 units[file] = sequence
@@ -1028,16 +1004,14 @@ def accuracy(lm, sides, units):
 
 def test_it_learns_which_side_is_right(trained):
     lm = evaluate.load_lm(trained / "run", "cpu")
-    assert lm.units == HEADER
-    assert accuracy(lm, *pairs_of(lambda right, i: right[::-1])) > 0.95
-    sides, units = pairs_of(lambda right, i: right[::-1])
+    sides, units = reversed_pairs()
+    assert lm.units == HEADER and accuracy(lm, sides, units) > 0.95
     rng = np.random.default_rng(0)
     shuffled = {file: rng.permutation(sequence).tolist() for file, sequence in units.items()}
     assert abs(accuracy(lm, sides, shuffled) - 0.5) < 0.17  # 80 pairs: three standard deviations
     records = [json.loads(line) for line in (trained / "run/metrics.jsonl").read_text().splitlines()]
-    assert (
-        records[0]["model"]["hash"] == "0f" and records[-1]["valid_loss"] < 1.0 < np.log(9) < records[1]["loss"] + 0.3
-    )
+    assert records[0]["model"]["hash"] == "0f"
+    assert records[-1]["valid_loss"] < 1.0 < np.log(9) < records[1]["loss"] + 0.3
 
 
 def test_resume_is_bit_exact(trained, tmp_path):
@@ -1069,9 +1043,8 @@ def test_resume_is_bit_exact(trained, tmp_path):
 def test_voices_are_averaged_first():
     sides = [evaluate.Side(id, voice, correct, f"{id}{voice}{int(correct)}", ["all"], "gold.csv:2")
              for id, voice in ("1a", "1b", "1c", "1d", "2a") for correct in (True, False)]
-    scores = {
-        "1a1": -1, "1a0": -2, "1b1": -1, "1b0": -2, "1c1": -1, "1c0": -1, "1d1": -3, "1d0": -1, "2a1": -2, "2a0": -1,
-    }
+    scores = {"1a1": -1, "1a0": -2, "1b1": -1, "1b0": -2, "1c1": -1, "1c0": -1, "1d1": -3, "1d0": -1,
+              "2a1": -2, "2a0": -1}
     assert evaluate.pair_accuracy(sides, scores) == {"1": 0.625, "2": 0.0}  # so 31.25%; over recordings it would be 50%
 
 
@@ -1083,8 +1056,8 @@ GOLD = """id,filename,voice,frequency,word,phones,length,correct
 """
 
 
-def swuggy(folder, lm, *more):
-    args = evaluate.parse(["swuggy", "--lm", str(lm), "--data", str(folder), *map(str, more)])
+def run_pairs(task, folder, lm, *more):
+    args = evaluate.parse([task, "--lm", str(lm), "--data", str(folder), *map(str, more)])
     args.function(args)
 
 
@@ -1094,8 +1067,8 @@ def test_gold_csv(trained, tmp_path, capsys):
     right, wrong = successors(7, 20), successors(7, 20)[::-1]
     units = write_units_file(tmp_path / "t.jsonl", {"w1": right, "w2": wrong, "w3": wrong, "w4": right})
     (dev / "gold.csv").write_text(GOLD)
-    swuggy(dev.parent, trained / "run", "--units", units, "--out", tmp_path / "out")
-    swuggy(dev, trained / "run", "--units", units)
+    run_pairs("swuggy", dev.parent, trained / "run", "--units", units, "--out", tmp_path / "out")
+    run_pairs("swuggy", dev, trained / "run", "--units", units)
     results = json.loads((tmp_path / "out/swuggy.json").read_text())["results"]
     assert results == {"all": dict(accuracy=50.0, pairs=2), "frequency oov": dict(accuracy=100.0, pairs=1),
                        "frequency 6 to 20": dict(accuracy=0.0, pairs=1), "in vocabulary": dict(accuracy=0.0, pairs=1)}
@@ -1109,10 +1082,11 @@ def test_gold_csv(trained, tmp_path, capsys):
                           (GOLD.splitlines()[0], "no pairs"), ("", "gold.csv:1: the header has no column")):
         (dev / "gold.csv").write_text(gold)
         with pytest.raises(InputError, match=message):
-            swuggy(dev, trained / "run", "--units", units)
+            run_pairs("swuggy", dev, trained / "run", "--units", units)
+    (dev / "gold.csv").write_text(GOLD)
+    other = write_units_file(tmp_path / "o.jsonl", {"w1": right}, hash="ff")
     with pytest.raises(InputError, match="hash is 'ff', wanted is '0f'"):
-        (dev / "gold.csv").write_text(GOLD)
-        swuggy(dev, trained / "run", "--units", write_units_file(tmp_path / "o.jsonl", {"w1": right}, hash="ff"))
+        run_pairs("swuggy", dev, trained / "run", "--units", other)
 
 
 def test_pairs_from_audio(trained, tmp_path, monkeypatch):
@@ -1124,22 +1098,18 @@ def test_pairs_from_audio(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_encoder", lambda name: encoder._replace(hash=name))
     for name in ("0001_correct", "0001_incorrect"):
         soundfile.write(tmp_path / f"{name}.wav", np.random.default_rng(0).normal(size=9000) / 10, 16000)
-    command = ["tsc", "--lm", str(trained / "run"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    args = evaluate.parse([*command, "--model", "0f"])
-    args.function(args)
-    assert json.loads((tmp_path / "out/tsc.json").read_text())["results"]["all"] == dict(
-        accuracy=50.0, pairs=1
-    )  # a tie
-    args = evaluate.parse([*command, "--model", "other"])
+    common = tmp_path, trained / "run", "--out", tmp_path / "out", "--model"
+    run_pairs("tsc", *common, "0f")
+    results = json.loads((tmp_path / "out/tsc.json").read_text())["results"]
+    assert results["all"] == dict(accuracy=50.0, pairs=1)  # a tie
     with pytest.raises(InputError, match="other weights than those of M"):
-        args.function(args)
+        run_pairs("tsc", *common, "other")
     (tmp_path / "0001_incorrect.wav").unlink()
     with pytest.raises(InputError, match="0001_correct.wav: this side of pair 0001"):
-        args.function(args)
+        run_pairs("tsc", *common, "other")
     (tmp_path / "gold.csv").write_text(GOLD.replace("frequency", "type"))
     with pytest.raises(InputError, match=r"gold.csv:2: .*w1.wav: no such file"):
-        args = evaluate.parse(["sblimp", *command[1:], "--model", "0f"])
-        args.function(args)
+        run_pairs("sblimp", *common, "0f")
 
 
 # ======== the README ========
@@ -1156,6 +1126,5 @@ def test_the_readme_names_what_is_there():
             assert path == "py" or hasattr(thing, name), f"{module}.{path}"
             thing = getattr(thing, name, None)
     table = text[text.index("| name | meaning |") :].split("\n\n")[0]
-    assert {"loss", "target_ppl", "pred_ppl", "accuracy", "active", "usage_entropy"} <= set(
-        re.findall(r"`(\w+)`", table)
-    )
+    named = set(re.findall(r"`(\w+)`", table))
+    assert {"loss", "target_ppl", "pred_ppl", "accuracy", "active", "usage_entropy"} <= named
