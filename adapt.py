@@ -241,7 +241,7 @@ def main():
         metrics = train_step(model, optimizer, micro_batches, lr, o, place)
         model.update_teacher(done)
         stopping = stop.agreed(done)
-        saving = done % o.save_every == 0 or done == o.steps or stopping
+        saving = done % o.save_every == 0 or o.keep_every and done % o.keep_every == 0 or done == o.steps or stopping
         log.step(done, metrics, due=saving, lr=lr)
         if saving:
             more = dict(adapters=adapters(model), inventories=inventory)
@@ -265,7 +265,8 @@ def summary(o, log, rows, table):
         audio = o.items_audio or (o.audio if o.items else str(Path(items).with_suffix(".csv")))
         for name, path in (("before", o.init), ("after", o.out)):
             print(f"ABX {name}:")
-            evaluate.run_abx(evaluate.parse(["abx", "--model", str(path), "--items", items, "--audio", audio]))
+            evaluate.run_abx(evaluate.parse(["abx", "--model", str(path), "--items", items, "--audio", audio,
+                                             "--out", str(Path(o.out) / f"abx_{name}.json")]))
     print(f"next: python evaluate.py units --model {o.out} --audio FOLDER --out units.jsonl")
 
 

@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from collections import Counter
@@ -228,9 +229,13 @@ def read_features(folder, files):
                 features[file] = torch.from_numpy(np.load(path))
             elif (path := Path(folder, f"{file}.pt")).exists():
                 features[file] = torch.load(path, map_location="cpu", weights_only=True)
-        except (ValueError, RuntimeError, EOFError) as error:
-            raise InputError(f"{path}: not an array of features: {error}") from None
-    return features, json.loads(meta.read_text()) if meta.exists() else {}
+        except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"{path}: not an array of features: {str(error).splitlines()[0]}") from None
+        require(file not in features or isinstance(features[file], torch.Tensor), f"{path}: not an array of features")
+    try:
+        return features, json.loads(meta.read_text()) if meta.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{meta}: damaged: {error}") from None
 
 
 def write_units(args):
@@ -843,6 +848,8 @@ def train_lm(arguments):
         require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
     require(o.dim >= 1 and o.dim % o.heads == 0, f"--dim {o.dim}: a multiple of --heads {o.heads}")
     require(o.lr > 0 and o.clip > 0 and 0 <= o.dropout < 1, "lr and clip are positive, dropout is in [0, 1)")
+    require(o.seed >= 0 and len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas),
+            "--seed is not negative, --betas are two numbers in [0, 1)")
     place = setup(o)
     torch.manual_seed(o.seed)
 
@@ -946,6 +953,8 @@ class Side(NamedTuple):
 
 def frequency_band(text):
     count = 0 if text.strip().lower() == "oov" else float(text)
+    if not 0 <= count < math.inf:
+        raise ValueError(text)
     bands = {"oov": 0, "1 to 5": 5, "6 to 20": 20, "21 to 100": 100, "above 100": math.inf}  # ZeroSpeech's
     band = next(f"frequency {name}" for name, most in bands.items() if count <= most)
     return [band, "in vocabulary"] if count > 0 else [band]

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import data
 import model as spidr
 import pretrain
-from model import Config, SpidR, all_sum, require
+from model import Config, InputError, SpidR, all_sum, require
 from pretrain import (
     Log, Place, Stop, autocast, barrier, fetch, finished, lr_at, make_optimizer, open_run, parse_options, seed_step,
     setup, stopped, train_step,
@@ -93,8 +93,11 @@ def make_tasks(rows, o, draw):
         starts = np.cumsum([0] + [row.num_samples / data.SAMPLE_RATE for row in members])
         require(starts[-1] >= o.chunk_min_seconds, f"language {language}: {starts[-1]:.0f} s of audio, a task needs at "
                 f"least --chunk-min-seconds {o.chunk_min_seconds:g}")
+        longest = np.diff(starts).max()  # a chunk is never empty, whatever the order of the recordings
+        require(longest <= o.chunk_seconds, f"language {language}: a recording of {longest:.0f} s is longer than "
+                f"--chunk-seconds {o.chunk_seconds:g}")
         whole, rest = divmod(starts[-1], o.chunk_seconds)
-        count = max(1, int(whole) + (rest >= o.chunk_min_seconds))
+        count = max(1, int(whole) + (rest >= max(o.chunk_min_seconds, longest)))
         chunk = np.minimum(starts[:-1] // o.chunk_seconds, count - 1)
         tasks += [(language, [row for row, c in zip(members, chunk) if c == i]) for i in range(count)]
     order = np.random.default_rng([o.seed, 5, draw]).permutation(len(tasks))
@@ -110,7 +113,13 @@ class Episodes:
         self.labelled = defaultdict(list)
         for row in labelled:
             self.labelled[row.language].append(row)
-        self.tasks = len(make_tasks(self.rows, o, 0))
+        tasks = make_tasks(self.rows, o, 0)
+        self.tasks = len(tasks)
+        for language, rows in tasks:  # so that what is too small is told now, not after hours
+            try:
+                data.Batches(rows, config, o, self.group)
+            except InputError as error:
+                raise InputError(f"a task of {language}: {error}") from None
         if o.method == "foblo" and o.outer_steps:
             for language in sorted({row.language for row in self.rows}):
                 require(self.labelled[language], f"language {language}: no alignments, which FOBLO's outer steps need")
@@ -255,7 +264,7 @@ def initial_model(o, place):
     if o.beta < 0:
         o.beta = 0.01 if labelled_init and o.method == "foblo" else 0.1
     o.supervised_layer = o.supervised_layer or max(1, model.config.layers * (8 if labelled_init else 6) // 12)
-    if o.beta > 0.1 or 0 < o.beta < 0.001:
+    if (o.beta > 0.1 or 0 < o.beta < 0.001):
         print(f"warning: beta {o.beta}: the papers find above 0.1 unstable and below 0.001 slow", file=sys.stderr)
     return model.to(place.device), inventory
 
@@ -300,6 +309,9 @@ def main():
     model.train()
     for at, metrics in meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, at):
         done = (at[0] * len(workers) + at[1]) * length + at[2]
+        if at[1:] == (len(workers) - 1, length):  # the meta-update follows, at the same step: save only then
+            log.step(done, metrics, due=True)
+            continue
         stopping = stop.agreed(done)
         if at[1:] == (0, 0):
             log.write({"step": done, "meta_update": at[0], **metrics})

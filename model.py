@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -470,7 +471,9 @@ class SpidR(nn.Module):
         decay = self.ema_decay(step)
         self.current_step.fill_(step)
         if decay < 1:
-            torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - decay)
+            names, teacher = zip(*self.teacher.named_parameters())
+            student = attrgetter(*names)(self.student)  # by name: an adapted weight is W0 + B A, not one parameter
+            torch._foreach_lerp_(teacher, student, 1 - decay)
             # The positional convolution is copied: teacher and student agree on where things are.
             for theirs, ours in zip(self.teacher.pos_conv_embed.parameters(), self.student.pos_conv_embed.parameters()):
                 theirs.copy_(ours)

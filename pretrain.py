@@ -122,7 +122,7 @@ def parse_options(options, presets, config=None, argv=None):
     require(preset in presets, f"--preset {preset}: one of {', '.join(presets)}")
     names = [field.name for field in fields(options)]
     chosen = replace(options(), **presets[preset])
-    stretch = given.get("steps", chosen.steps) / max(1, chosen.steps)
+    stretch = given.get("steps", chosen.steps) / chosen.steps if chosen.steps else 1
     scaled = {name: round(getattr(chosen, name) * stretch) for name in SCHEDULE if hasattr(chosen, name)}
     options = replace(chosen, **scaled | {name: value for name, value in given.items() if name in names})
     if config:
@@ -369,7 +369,8 @@ class Log:
         record = {name: None if x != x else x for name, x in record.items()}  # JSON knows no NaN
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        shown = ("loss", "target_ppl", "pred_ppl", "accuracy", "phone_loss", "valid_loss", "lr", "audio_s_per_s")
+        shown = ("meta_update", "relative_delta", "loss", "target_ppl", "pred_ppl", "accuracy", "phone_loss", "valid_loss",
+                 "lr", "audio_s_per_s")
         self.bar.set_postfix({name: f"{record[name]:.3g}" for name in shown if record.get(name)})
         if self.bar.disable:
             print(f"step {record['step']}", *(f"{name} {record[name]:.4g}" for name in shown if record.get(name)),

@@ -420,7 +420,8 @@ def test_killed_and_restarted_gives_the_same_bits(toy, reference_run, tmp_path, 
         before, process = written(), start(*command, cwd=tmp_path)
         while process.poll() is None and written() == before:
             time.sleep(0.02)
-        os.killpg(process.pid, blow)
+        if process.poll() is None:
+            os.killpg(process.pid, blow)
         _, err = process.communicate(timeout=60)
         assert process.returncode in (143, -signal.SIGKILL, 0) and "Traceback" not in err
     launch(*command, cwd=tmp_path)
@@ -602,8 +603,12 @@ def test_cyclic_schedules():
     reptile = {1800: 8.75e-6, 11999: 5e-5, 14000: 5e-7, 101800: 4.560054196779549e-5, 150700: 4.56005419677955e-6,
                199999: 5e-7}
     for method, golden in (("foblo", foblo), ("reptile", reptile)):
-        o = meta_train.Options(method=method)
+        o, _ = pretrain.parse_options(meta_train.Options, meta_train.PRESETS,
+                                      argv=["--preset", "base", "--method", method])
         near([meta_train.cyclic_lr(step, o) for step in golden], list(golden.values()), 1e-9)
+    for steps in [], ["--steps", "4000"]:  # adaptation's rate does not stretch along
+        o, _ = pretrain.parse_options(adapt.Options, adapt.PRESETS, argv=["--preset", "base", *steps])
+        near([pretrain.lr_at(step, o) for step in (0, 300, 600, 3999)], [5e-8, 2.525e-6, 5e-6, 5e-6])
 
 
 def test_tasks_are_chunks_of_a_language():
@@ -662,6 +667,14 @@ def test_meta_training_identities(cli, toy, reference_run, meta_run):
 def test_workers_in_one_process_are_as_many_processes(toy, reference_run, meta_run, tmp_path):
     launch(HERE / "meta_train.py", *meta(toy, reference_run, "--out", "run"), ranks=2, cwd=tmp_path)
     same(phi_of(tmp_path / "run"), phi_of(meta_run), 1e-6)
+
+
+def test_meta_training_saves_a_step_once(cli, toy, reference_run, monkeypatch):
+    saved, save = [], meta_train.save
+    monkeypatch.setattr(meta_train, "save", lambda *args: (saved.append((args[6], args[7])), save(*args)))
+    assert cli(meta_train, *meta(toy, reference_run, "--out", "run", "--save-every", 1))[0] == 0
+    assert [done for done, _ in saved] == list(range(1, 21))  # its number names the file that it is resumed from
+    assert [at for _, at in saved if at[1:] == (0, 0)] == [(1, 0, 0), (2, 0, 0)]
 
 
 def test_meta_training_resumes_anywhere(toy, reference_run, meta_run, tmp_path):
@@ -742,6 +755,9 @@ def test_low_rank_adapters():
         merged = formula_model(32, 6, 64, 2, "layer_norm", 0.1).eval()
         merged.load_state_dict(adapt.merged(model))
         assert all((x - y).abs().max() < 1e-6 for x, y in zip(adapted, merged.encode(wav)))
+    for network in model, merged:  # a teacher that follows an adapted student follows W0 + B A
+        network.update_teacher(1)
+    same(model.teacher.state_dict(), merged.teacher.state_dict(), 1e-6)
 
     def trained(**options):
         model = SpidR(Config(dim=64, layers=12, heads=4, ffn=256, codebooks=8, codewords=8))
@@ -1077,6 +1093,7 @@ def test_gold_csv(trained, tmp_path, capsys):
     for gold, message in ((GOLD.replace("frequency", "count"), r"gold.csv:1: .* no column frequency"),
                           (GOLD.replace("oov,x,x,1,0", "oov,x,x,1,no"), "gold.csv:3: correct is 'no'"),
                           (GOLD.replace("2,w3,a,7", "2,w3,a,often"), "gold.csv:4: frequency is 'often'"),
+                          (GOLD.replace("2,w3,a,7", "2,w3,a,nan"), "gold.csv:4: frequency is 'nan'"),
                           (GOLD.replace("w4", "w5"), "gold.csv:5: w5: not in"),
                           (GOLD.replace("2,w4", "3,w4"), "gold.csv:4: this side of pair 2 a has no other side"),
                           (GOLD.splitlines()[0], "no pairs"), ("", "gold.csv:1: the header has no column")):
