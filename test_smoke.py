@@ -628,7 +628,7 @@ def test_tasks_are_chunks_of_a_language():
 def meta(toy, init, *more):
     small = ("--workers 2 --updates 2 --inner-steps 3 --outer-steps 2 --ramp-steps 2 --lr 1e-3 --supervised-layer 2 "
              "--log-every 1 --save-every 2 --loaders 0 --device cpu --batch-samples 64000 --max-samples 32000 "
-             "--chunk-seconds 12 --chunk-min-seconds 3")
+             "--chunk-seconds 15 --chunk-min-seconds 3")
     return [*small.split(), "--toy", toy, "--init", init, *more]
 
 
