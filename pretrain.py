@@ -44,6 +44,7 @@ class Options:
     manifest: str = ""  # CSV, TSV or folder of audio; without one: the toy world and the tiny preset
     alignments: str = ""  # phone alignments: turns on interleaved supervision
     valid: str = ""  # a manifest to report the loss on
+    init: str = ""  # a run or a checkpoint to start from; without one: random weights
     out: str = "runs/pretrain"  # the run's folder
     toy: str = "runs/toy"  # where the toy world is written
     seed: int = 0  # of the weights, the order, the crops and the masks
@@ -501,7 +502,13 @@ def main():
     check_options(o, config)
     place = setup(o)
     torch.manual_seed(o.seed)
-    model = SpidR(config).to(place.device)
+    model, inventory = SpidR(config), {}
+    if o.init:
+        require(config == Config(**spidr.PRESETS[o.preset]), "--init brings its own network: no options of Config")
+        model, inventory = spidr.load(o.init), spidr.read_checkpoint(o.init)[1].get("inventories", {})
+        config = model.config
+        check_options(o, config)
+    model.to(place.device)
     if o.compile:
         for part in model.feature_extractor, model.student, model.teacher:
             part.compile()

@@ -28,9 +28,11 @@ from model import Config, InputError, SpidR, num_frames
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
-SMALL = ("--dim 32 --layers 2 --heads 2 --ffn 64 --codebooks 2 --codewords 8 --pos-groups 4 --supervised-layer 2 "
-         "--conv-layers [[16,10,5],[16,3,2],[16,3,2],[16,3,2],[16,3,2],[16,2,2],[16,2,2]] --steps 12 --warmup-steps 2 "
-         "--batch-samples 64000 --max-samples 32000 --log-every 3 --save-every 3 --loaders 0 --device cpu").split()
+NETWORK = ("--dim 32 --layers 2 --heads 2 --ffn 64 --codebooks 2 --codewords 8 --pos-groups 4 "
+           "--conv-layers [[16,10,5],[16,3,2],[16,3,2],[16,3,2],[16,3,2],[16,2,2],[16,2,2]]").split()
+RUN = ("--supervised-layer 2 --steps 12 --warmup-steps 2 --batch-samples 64000 --max-samples 32000 --log-every 3 "
+       "--save-every 3 --loaders 0 --device cpu").split()
+SMALL = NETWORK + RUN
 
 
 # ======== helpers ========
@@ -409,6 +411,15 @@ def test_a_run_and_what_it_writes(toy, reference_run, cli):
     assert code == 0 and "finished" in out
     refused(cli(*again, "--lr", "0.1"), "lr was 0.0015, now 0.1")
     assert (reference_run / "last.pt").read_bytes() == before
+
+
+def test_a_run_can_start_from_another(cli, toy, reference_run):
+    more = [pretrain, *RUN, "--toy", toy, "--init", reference_run, "--steps", 1, "--lr", 1e-12]
+    assert cli(*more, "--out", "more")[0] == 0
+    before, after = weights(reference_run), weights("more")
+    same({k: v for k, v in after.items() if k.startswith("student")},
+         {k: v for k, v in before.items() if k.startswith("student")}, 1e-9)
+    refused(cli(*more, "--out", "other", "--dim", 32), "--init brings its own network")
 
 
 @pytest.mark.parametrize("loaders", [0, 2])
