@@ -748,8 +748,8 @@ class LMOptions:
 
 # tiny's context is short on purpose: it crops every utterance, so that words are learned without what came before them.
 LM_PRESETS = {"opt125m": {}, "tiny": dict(
-    layers=2, dim=128, heads=4, context=64, steps=400, batch_tokens=2_048, lr=3e-3, warmup_steps=40,
-    decay_steps=360, log_every=20, save_every=100)}
+    layers=2, dim=128, heads=4, context=128, steps=2_000, batch_tokens=1_024, lr=3e-3, warmup_steps=200,
+    decay_steps=1_800, log_every=100, save_every=500)}
 
 
 class LMBlock(nn.Module):
@@ -1123,8 +1123,9 @@ def report(out="runs"):
     world = json.loads((toy / "toy.json").read_text())
     encoders, records = print_toy_abx(toy, {f"{stage}: {path}": path for stage, (path, _) in runs.items()})
 
-    language, first = world["lm_language"], encoders[f"{next(iter(runs))}: {path}"]
-    layer = first.layer(None, units=True)
+    language, name = world["lm_language"], f"{next(iter(runs))}: {path}"
+    first, errors = encoders[name], by_layer(records, world["targets"])[name]
+    layer = min(range(first.layers - first.codebooks + 1, first.layers + 1), key=errors.get)  # the best one for units
     print(f"\nunits of layer {layer}, {language}")
     qualities = {}
     for name, encoder in encoders.items():
