@@ -148,23 +148,21 @@ def baseline(name, device, pretrained=True):
 # ======== features and units ========
 
 
-def windows(samples, longest=60, kept=20, context=5):
-    """[(first sample, end sample, first frame kept, frames kept)]: one window, or for long audio overlapping ones.
-
-    Attention over an hour does not fit; 5 s on each side of what is kept give nearly the same frames.
-    """
-    frames = (samples - FIELD) // HOP + 1
+def windows(samples, longest):
+    """[(first sample, end sample, first frame kept, frames kept)]: one window, or for what is longer than `longest`
+    seconds overlapping ones, of which the middle two thirds are kept: attention over an hour does not fit, and the
+    network has never seen one."""
     if samples <= longest * 16000:
         return [(0, samples, 0, None)]
-    kept, context = kept * RATE, context * RATE
-    found = []
+    frames, found, context = (samples - FIELD) // HOP + 1, [], longest * RATE // 6
+    kept = 4 * context
     for first in range(0, frames, kept):
         begin, end = max(0, first - context), min(first + kept + context, frames)
         found.append((begin * HOP, min((end - 1) * HOP + FIELD, samples), first - begin, min(kept, frames - first)))
     return found
 
 
-def window_batches(rows, samples):
+def window_batches(rows, window_seconds, samples):
     """Yields [(fileid, the frames to keep, waveform)]: short files together, the shortest first."""
     batch, longest = [], 0
     for row in tqdm(sorted(rows, key=lambda row: row.num_samples), "audio", unit="file", leave=False, disable=None):
@@ -173,7 +171,7 @@ def window_batches(rows, samples):
         except InputError as error:
             raise InputError(f"{row.where or row.path}: {error}") from None
         require(len(wav) >= FIELD, f"{row.path}: {len(wav)} samples are too short for a frame")
-        for begin, end, first, kept in windows(len(wav)):
+        for begin, end, first, kept in windows(len(wav), window_seconds):
             longest = max(longest, end - begin)
             if batch and (len(batch) + 1) * longest > samples:
                 yield batch
@@ -185,18 +183,18 @@ def window_batches(rows, samples):
 
 
 @torch.no_grad()
-def extract(rows, compute, indices, batch_seconds=120):
+def extract(rows, compute, indices, longest=60, batch_seconds=120):
     """Yields (fileid, [the wanted outputs of compute]) for each file."""
     parts = ((fileid, [outputs[i][frames] for i in indices])
-             for batch in window_batches(rows, batch_seconds * 16000)
+             for batch in window_batches(rows, longest, batch_seconds * 16000)
              for (fileid, frames, _), outputs in zip(batch, compute([wav for *_, wav in batch])))
     for fileid, some in itertools.groupby(parts, key=lambda part: part[0]):
         yield fileid, [torch.cat(layer) for layer in zip(*(outputs for _, outputs in some))]
 
 
-def extract_units(rows, encoder, layer):
+def extract_units(rows, encoder, layer, longest=60):
     """Yields (fileid, [its units by the codebook of a layer])."""
-    for fileid, (units,) in extract(rows, encoder.units, [encoder.codebook(layer)]):
+    for fileid, (units,) in extract(rows, encoder.units, [encoder.codebook(layer)], longest):
         yield fileid, units.tolist()
 
 
@@ -211,7 +209,7 @@ def write_features(args):
     require(not old.exists() or json.loads(old.read_text()) == meta, f"{out}: holds features of another model or layer")
     out.mkdir(parents=True, exist_ok=True)
     old.write_text(json.dumps(meta) + "\n")
-    for fileid, (frames,) in extract(rows, encoder.encode, [layer - 1]):
+    for fileid, (frames,) in extract(rows, encoder.encode, [layer - 1], args.longest):
         path = out / f"{fileid}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, frames.numpy())
@@ -244,7 +242,7 @@ def write_units(args):
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.part", "w", encoding="utf-8") as file:
         print(json.dumps(describe(encoder, layer) | dict(codewords=encoder.codewords)), file=file)
-        for fileid, units in extract_units(rows, encoder, layer):
+        for fileid, units in extract_units(rows, encoder, layer, args.longest):
             print(json.dumps(dict(fileid=fileid, units=units)), file=file)
     os.replace(f"{out}.part", out)
     print(f"{len(rows)} files, units of layer {layer} (codebook {encoder.codebook(layer)}) of {encoder.name} "
@@ -641,7 +639,7 @@ def abx_by_layer(args):
     size = sum(row.num_samples for row in rows) / HOP * encoder.dim * 4  # bytes of a layer
     at_once = max(1, int(4e9 / size))
     for some in (layers[i : i + at_once] for i in range(0, len(layers), at_once)):
-        features = dict(extract(rows, encoder.encode, [layer - 1 for layer in some]))
+        features = dict(extract(rows, encoder.encode, [layer - 1 for layer in some], args.longest))
         for n, layer in enumerate(some):
             yield layer, {file: outputs[n] for file, outputs in features.items()}
 
@@ -1248,12 +1246,14 @@ def parse(arguments=None):
     add = verb("quality", run_quality, "PNMI, purities, perplexity and bitrate of units")
     add("--units", required=True, help="as 'units' writes them")
     add("--alignments", required=True, help="CSV fileid,phones,language: a phone every 10 ms")
+    longest = "seconds of a recording that go in one pass; a longer one goes in windows of so much [60]"
     add("--out", help="a JSON file")
     return parser.parse_args(arguments)
 
 
 def main():
     if sys.argv[1:2] == ["lm"]:  # its options are a dataclass, like those of the training scripts
+        add("--longest", type=positive, default=60, help=longest)
         return train_lm(sys.argv[2:])
     args = parse()
     args.function(args) if args.verb else report()
@@ -1261,3 +1261,4 @@ def main():
 
 if __name__ == "__main__":
     run(main)
+    add("--longest", type=positive, default=60, help=longest)
