@@ -83,13 +83,6 @@ def steps_for(hours):
     return int(np.interp(np.log10(hours), np.log10([1 / 6, 1, 10, 100]), [4_000, 8_000, 16_000, 24_000]))
 
 
-def parse_seconds(text):
-    for unit, seconds in (("min", 60), ("h", 3600), ("s", 1)):
-        if text.endswith(unit) and text.removesuffix(unit).replace(".", "", 1).isdigit():
-            return float(text.removesuffix(unit)) * seconds
-    raise spidr.InputError(f"--budget {text!r}: an amount of time like 10min, 1h or 90s")
-
-
 def seconds_of(rows):
     return sum(row.num_samples for row in rows) / data.SAMPLE_RATE
 
@@ -110,7 +103,7 @@ def audio_rows(o, place):
         require(o.language in targets, f"--language {o.language}: the toy world's new ones are {', '.join(targets)}")
     path = o.audio or Path(o.toy) / "target" / f"{o.language}.csv"
     rows = data.check_audio(data.read_manifest(path), o.min_samples)
-    return subset(rows, parse_seconds(o.budget), o.seed) if o.budget else rows
+    return subset(rows, data.parse_seconds(o.budget), o.seed) if o.budget else rows
 
 
 # ======== low-rank adaptation: LoRA and DAMA ========

@@ -167,6 +167,13 @@ def samples_at_16k(frames, rate):
     return -(-frames * SAMPLE_RATE // rate)
 
 
+def parse_seconds(text):
+    for unit, seconds in (("min", 60), ("h", 3600), ("s", 1)):
+        if text.endswith(unit) and text.removesuffix(unit).replace(".", "", 1).isdigit():
+            return float(text.removesuffix(unit)) * seconds
+    raise InputError(f"--budget {text!r}: an amount of time like 10min, 1h or 90s")
+
+
 def check_audio(rows, minimum, most=2000):
     """The same rows, their files opened and measured (of a long manifest `most`, evenly): before hours are spent."""
     short = next((row for row in rows if row.num_samples < minimum), None)

@@ -744,7 +744,6 @@ class LMOptions:
     restart: bool = False  # move a run of other options aside and start over
 
 
-# tiny's context is short on purpose: it crops every utterance, so that words are learned without what came before them.
 LM_PRESETS = {"opt125m": {}, "tiny": dict(
     layers=2, dim=128, heads=4, context=128, steps=2_000, batch_tokens=1_024, lr=3e-3, warmup_steps=200,
     decay_steps=1_800, log_every=100, save_every=500)}
@@ -1168,14 +1167,18 @@ def draw(path, records, targets, curves):
     for key in ("loss", "target_ppl", "phone_accuracy"):
         lines = {name: [(r["step"], r[key]) for r in log if key in r] for name, log in curves.items()}
         plots.append((f"{key}, by step", {name: line for name, line in lines.items() if line}))
-    shapes = [plot(title, lines, 330 * i) for i, (title, lines) in enumerate(plots) if lines]
-    path.write_text(
+    write_svg(path, plots)
+
+
+def write_svg(path, plots, ticks=None):
+    shapes = [plot(title, lines, 330 * i, ticks) for i, (title, lines) in enumerate(plots) if lines]
+    Path(path).write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{330 * len(plots)}" height="290" font-family="sans-serif" '
         f'font-size="11"><rect width="100%" height="100%" fill="white"/>{"".join(shapes)}</svg>\n')
 
 
-def plot(title, lines, left):
-    """One plot of {name: [(x, y)]}, 330 x 290, with its axes' ends and a legend."""
+def plot(title, lines, left, ticks=None):
+    """One plot of {name: [(x, y)]}, 330 x 290, with its axes' ends, or {x: what stands there}, and a legend."""
     xs, ys = ([point[i] for line in lines.values() for point in line] for i in (0, 1))
     (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
 
@@ -1184,15 +1187,44 @@ def plot(title, lines, left):
 
     parts = [f'<text x="{left + 45}" y="18" font-size="12">{title}</text>',
              f'<path d="M{left + 45} 26V194H{left + 312}" fill="none" stroke="black"/>']
-    for text, x, y, anchor in ((f"{y1:.3g}", 41, 34, "end"), (f"{y0:.3g}", 41, 193, "end"),
-                               (f"{x0:g}", 45, 208, "middle"), (f"{x1:g}", 310, 208, "middle")):
-        parts.append(f'<text x="{left + x}" y="{y}" text-anchor="{anchor}">{text}</text>')
+    marks = [(f"{y1:.3g}", left + 41, 34, "end"), (f"{y0:.3g}", left + 41, 193, "end")]
+    marks += [(text, at(x, 0)[0], 208, "middle") for x, text in (ticks or {x: f"{x:g}" for x in (x0, x1)}).items()]
+    parts += [f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{text}</text>' for text, x, y, anchor in marks]
     colours = itertools.cycle(("#888", "#c93", "#36c", "#393", "#a3a", "#c33"))
     for i, ((name, line), colour) in enumerate(zip(lines.items(), colours)):
         points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
         parts.append(f'<text x="{left + 45}" y="{224 + 13 * i}" fill="{colour}">{name}</text>')
     return "".join(parts)
+
+
+def compare(args):
+    """Adapted runs by what they started from: ABX across speakers, mean over languages, mean and spread over seeds."""
+    found = {}  # name -> layer -> amount of audio -> seed -> language -> error
+    for run in args.runs:
+        try:
+            o = json.loads(Path(run, "config.json").read_text())["options"]
+            name = Path(o["init"]).name.rstrip("0123456789") + (f", {o['method']}" if o["method"] != "full" else "")
+            for amount in "none", o["budget"] or "all":
+                for r in json.loads(Path(run, f"abx_{'before' if amount == 'none' else 'after'}.json").read_text()):
+                    if r["speaker"] == "across":
+                        seeds = found.setdefault(name, {}).setdefault(r["layer"], {}).setdefault(amount, {})
+                        seeds.setdefault(o["seed"], {})[o["items"] or o["language"]] = r["error"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{run}: not an adapted run: {error}") from None
+    amounts = {a for layers in found.values() for by_amount in layers.values() for a in by_amount}
+    amounts = sorted(amounts, key=lambda a: {"none": 0, "all": math.inf}[a] if a in ("none", "all") else data.parse_seconds(a))
+    lines = {}
+    print(f"{'adapted from':24} {'layer':>5}" + "".join(f"{amount:>14}" for amount in amounts) + "   ABX across, %")
+    for name, layers in found.items():
+        means = {layer: {amount: [np.mean(list(languages.values())) for languages in seeds.values()]
+                         for amount, seeds in by_amount.items()} for layer, by_amount in layers.items()}
+        layer = min(means, key=lambda layer: np.mean([np.mean(x) for a, x in means[layer].items() if a != "none"]))
+        shown = [f"{np.mean(x):8.2f} ±{np.std(x):4.2f}" if (x := means[layer].get(a)) else "" for a in amounts]
+        print(f"{name:24} {layer:>5}" + "".join(f"{text:>14}" for text in shown))
+        lines[name] = [(i, np.mean(means[layer][a])) for i, a in enumerate(amounts) if a in means[layer]]
+    if args.out:
+        write_svg(args.out, [("ABX across, %, by audio to adapt to", lines)], dict(enumerate(amounts)))
 
 
 # ======== command line ========
@@ -1214,12 +1246,14 @@ def parse(arguments=None):
         return command.add_argument
 
     models = f"a run's folder, a checkpoint, or {', '.join(BASELINES)}"
+    longest = "seconds of a recording that go in one pass; a longer one goes in windows of so much [60]"
     for name, function, what in (("features", write_features, "a folder"), ("units", write_units, "a JSONL file")):
         add = verb(name, function, f"writes {name} of audio to {what}")
         add("--model", required=True, help=models)
         add("--audio", required=True, help="a folder of audio, a manifest or one file")
         add("--out", required=True, help=what)
         add("--layer", type=positive, help="counted from 1 [the middle one, or the first that has a codebook]")
+        add("--longest", type=positive, default=60, help=longest)
     add = verb("abx", run_abx, "ABX error by layer")
     add("--items", required=True, help="an item file")
     add("--model", help=models)
@@ -1227,6 +1261,7 @@ def parse(arguments=None):
     add("--features", help="a folder of .npy or .pt files [T, D], instead of --model and --audio")
     add("--layer", type=lambda text: text if text == "all" else positive(text), default="all",
         help="counted from 1 [all]")
+    add("--longest", type=positive, default=60, help=longest)
     add("--speaker", choices=["within", "across", "both"], default="both")
     add("--context", choices=["within", "any"], default="within")
     add("--distance", choices=["angular", "euclidean", "kl", "identity"], default="angular")
@@ -1243,17 +1278,18 @@ def parse(arguments=None):
         add("--data", required=True, help="a folder with wav files and gold.csv "
             "(tsc: ID_correct.wav, ID_incorrect.wav), or with such a dev/")
         add("--out", help="a folder: the scores as the challenge wants them, and a JSON file")
+    add = verb("compare", compare, "adapted runs side by side: ABX before and after, by amount of audio")
+    add("runs", nargs="+", help="folders that adapt.py wrote, with ABX before and after")
+    add("--out", help="an SVG file")
     add = verb("quality", run_quality, "PNMI, purities, perplexity and bitrate of units")
     add("--units", required=True, help="as 'units' writes them")
     add("--alignments", required=True, help="CSV fileid,phones,language: a phone every 10 ms")
-    longest = "seconds of a recording that go in one pass; a longer one goes in windows of so much [60]"
     add("--out", help="a JSON file")
     return parser.parse_args(arguments)
 
 
 def main():
     if sys.argv[1:2] == ["lm"]:  # its options are a dataclass, like those of the training scripts
-        add("--longest", type=positive, default=60, help=longest)
         return train_lm(sys.argv[2:])
     args = parse()
     args.function(args) if args.verb else report()
@@ -1261,4 +1297,3 @@ def main():
 
 if __name__ == "__main__":
     run(main)
-    add("--longest", type=positive, default=60, help=longest)

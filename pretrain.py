@@ -516,7 +516,7 @@ def main():
         return benchmark(o, config, model, place)
 
     # ---- data
-    rows, labelled_rows, classes, inventory = read_data(o, place)
+    rows, labelled_rows, classes, inventory = read_data(o, place, inventory)
     group = place.world * o.accumulate
     unlabelled = data.Batches(rows, config, o, group)
     labelled = data.Batches(labelled_rows, config, o, group, classes, stream=(1,)) if labelled_rows else None

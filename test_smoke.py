@@ -703,6 +703,19 @@ def test_meta_training_resumes_anywhere(toy, reference_run, meta_run, tmp_path):
     same(phi_of(tmp_path / "run"), phi_of(meta_run))
 
 
+def test_the_papers_failure_signs_are_warned_of(cli, capsys, toy, reference_run, tmp_path):
+    few = ["--updates", 1, "--inner-steps", 1, "--outer-steps", 1, "--workers", 1]
+    for beta, init, warning in ((0.5, reference_run, "beta 0.5: the papers find above 0.1 unstable"),
+                                (1e-4, reference_run, "below 0.001 slow"), (0.1, "random", "a random initialisation")):
+        args = meta(toy, init, *few, "--preset", "tiny" if init == "random" else "base", "--beta", beta, "--out", "run")
+        code, _, err = cli(meta_train, *args, "--restart")
+        assert code == 0 and warning in err
+    log = pretrain.Log(pretrain.Options(out=str(tmp_path), log_every=1), pretrain.Place(0, 1, torch.device("cpu")))
+    collapsed = {"target_ppl": torch.tensor(1.5), "skipped": torch.tensor(0.0)}
+    log.step(1, collapsed)
+    assert "the codebooks are collapsing" in capsys.readouterr().err
+
+
 def test_meta_training_mistakes_are_one_line(cli, toy, reference_run, tmp_path):
     for args, message in (
         (["--init", "nowhere"], "nowhere: no such checkpoint"),
@@ -786,7 +799,7 @@ def test_budgets():
     rows = some_rows([160_000] * 100)
     few = adapt.subset(rows, 95, seed=1)
     assert len(few) == 10 and few == adapt.subset(rows, 95, seed=1) != adapt.subset(rows, 95, seed=2)
-    assert [adapt.parse_seconds(x) for x in ("10min", "1h", "90s", "0.5h")] == [600, 3600, 90, 1800]
+    assert [data.parse_seconds(x) for x in ("10min", "1h", "90s", "0.5h")] == [600, 3600, 90, 1800]
     assert [adapt.steps_for(h) for h in (0.01, 1 / 6, 1, 100, 999)] == [4000, 4000, 8000, 24000, 24000]
     with pytest.raises(InputError, match="there are only 1000 s"):
         adapt.subset(rows, 3600, 0)
@@ -1141,6 +1154,23 @@ def test_pairs_from_audio(trained, tmp_path, monkeypatch):
 
 
 # ======== the README ========
+
+
+def test_adapted_runs_are_compared(tmp_path, cli):
+    for seed, language, error in ((0, "goxi", 10), (0, "juthe", 14), (1, "goxi", 20), (1, "juthe", 20)):
+        run = tmp_path / f"{seed}{language}"
+        run.mkdir()
+        o = dict(init=f"runs/plain{seed}", method="lora", budget="90s", items="", language=language, seed=seed)
+        (run / "config.json").write_text(json.dumps(dict(options=o)))
+        for when, more in (("before", 6), ("after", 0)):
+            records = [dict(layer=layer, speaker=speaker, error=error + more + layer + 50 * (speaker == "within"))
+                       for layer in (1, 2) for speaker in ("within", "across")]
+            (run / f"abx_{when}.json").write_text(json.dumps(records))
+    code, out, err = cli(evaluate, "compare", *sorted(tmp_path.glob("[01]*")), "--out", "picture.svg")
+    assert code == 0 and re.search(r"plain, lora +1 +23.00 ±4.00 +17.00 ±4.00", out), out + err
+    assert Path("picture.svg").read_text().count("<polyline") == 1
+    code, _, err = cli(evaluate, "compare", tmp_path)
+    assert code == 2 and "config.json" in err
 
 
 def test_the_readme_names_what_is_there():
