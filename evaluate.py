@@ -1200,31 +1200,37 @@ def plot(title, lines, left, ticks=None):
 
 def compare(args):
     """Adapted runs by what they started from: ABX across speakers, mean over languages, mean and spread over seeds."""
-    found = {}  # name -> layer -> amount of audio -> seed -> language -> error
+    records, amounts = set(), {0: "none"}  # (name, layer, seconds of audio, seed, language, error); {seconds: as given}
     for run in args.runs:
         try:
             o = json.loads(Path(run, "config.json").read_text())["options"]
             name = Path(o["init"]).name.rstrip("0123456789") + (f", {o['method']}" if o["method"] != "full" else "")
-            for amount in "none", o["budget"] or "all":
-                for r in json.loads(Path(run, f"abx_{'before' if amount == 'none' else 'after'}.json").read_text()):
-                    if r["speaker"] == "across":
-                        seeds = found.setdefault(name, {}).setdefault(r["layer"], {}).setdefault(amount, {})
-                        seeds.setdefault(o["seed"], {})[o["items"] or o["language"]] = r["error"]
+            seconds = data.parse_seconds(o["budget"]) if o["budget"] else math.inf
+            amounts[seconds] = o["budget"] or "all"
+            for file, amount in (("abx_before.json", 0), ("abx_after.json", seconds)):
+                records |= {(name, r["layer"], amount, o["seed"], o["items"] or o["language"], r["error"])
+                            for r in json.loads(Path(run, file).read_text()) if r["speaker"] == "across"}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{run}: not an adapted run: {error}") from None
-    amounts = {a for layers in found.values() for by_amount in layers.values() for a in by_amount}
-    amounts = sorted(amounts, key=lambda a: {"none": 0, "all": math.inf}[a] if a in ("none", "all") else data.parse_seconds(a))
-    lines = {}
-    print(f"{'adapted from':24} {'layer':>5}" + "".join(f"{amount:>14}" for amount in amounts) + "   ABX across, %")
-    for name, layers in found.items():
-        means = {layer: {amount: [np.mean(list(languages.values())) for languages in seeds.values()]
-                         for amount, seeds in by_amount.items()} for layer, by_amount in layers.items()}
-        layer = min(means, key=lambda layer: np.mean([np.mean(x) for a, x in means[layer].items() if a != "none"]))
-        shown = [f"{np.mean(x):8.2f} ±{np.std(x):4.2f}" if (x := means[layer].get(a)) else "" for a in amounts]
-        print(f"{name:24} {layer:>5}" + "".join(f"{text:>14}" for text in shown))
-        lines[name] = [(i, np.mean(means[layer][a])) for i, a in enumerate(amounts) if a in means[layer]]
+
+    def errors(name, layer, amount):
+        by_seed = {}
+        for *which, seed, _, error in records:
+            if which == [name, layer, amount]:
+                by_seed.setdefault(seed, []).append(error)
+        return [np.mean(of_languages) for of_languages in by_seed.values()]
+
+    lines, amounts = {}, dict(sorted(amounts.items()))
+    print(f"{'adapted from':24} {'layer':>5}" + "".join(f"{text:>14}" for text in amounts.values()) + "   ABX across, %")
+    for name in sorted({record[0] for record in records}):
+        layers, there = ({record[i] for record in records if record[0] == name} for i in (1, 2))
+        layer = min(layers, key=lambda layer: sum(np.mean(errors(name, layer, amount)) for amount in there - {0}))
+        found = [(i, errors(name, layer, amount)) for i, amount in enumerate(amounts) if amount in there]
+        lines[name] = [(i, np.mean(x)) for i, x in found]
+        shown = {i: f"{np.mean(x):.2f} ±{np.std(x):5.2f}" for i, x in found}
+        print(f"{name:24} {layer:>5}" + "".join(f"{shown.get(i, ''):>14}" for i in range(len(amounts))))
     if args.out:
-        write_svg(args.out, [("ABX across, %, by audio to adapt to", lines)], dict(enumerate(amounts)))
+        write_svg(args.out, [("ABX across, %, by audio to adapt to", lines)], dict(enumerate(amounts.values())))
 
 
 # ======== command line ========

@@ -1167,7 +1167,7 @@ def test_adapted_runs_are_compared(tmp_path, cli):
                        for layer in (1, 2) for speaker in ("within", "across")]
             (run / f"abx_{when}.json").write_text(json.dumps(records))
     code, out, err = cli(evaluate, "compare", *sorted(tmp_path.glob("[01]*")), "--out", "picture.svg")
-    assert code == 0 and re.search(r"plain, lora +1 +23.00 ±4.00 +17.00 ±4.00", out), out + err
+    assert code == 0 and re.search(r"plain, lora +1 +23.00 ± 4.00 +17.00 ± 4.00", out), out + err
     assert Path("picture.svg").read_text().count("<polyline") == 1
     code, _, err = cli(evaluate, "compare", tmp_path)
     assert code == 2 and "config.json" in err
@@ -1186,3 +1186,21 @@ def test_the_readme_names_what_is_there():
     table = text[text.index("| name | meaning |") :].split("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", table))
     assert {"loss", "target_ppl", "pred_ppl", "accuracy", "active", "usage_entropy"} <= named
+
+
+def test_the_readme_s_commands_are_understood():
+    """Their options exist and take these values. (What the commands do is tested above, on smaller networks.)"""
+    lines = [line for line in (HERE / "README.md").read_text().splitlines() if line.startswith("    ")]
+    found = [command for line in lines for command in re.findall(r"(?:python|=\S+|:29500) (\w+)\.py\b([^;#]*)", line)]
+    found = [(script, re.sub(r"\$\w+", "0", text).split()) for script, text in found if script != "test_smoke"]
+    assert len(found) > 25 and {script for script, _ in found} == set("pretrain meta_train adapt evaluate data".split())
+    for script, argv in found:
+        if script == "data":
+            assert argv[0] in ("manifest", "toy")
+        elif script == "evaluate" and argv[:1] == ["lm"]:
+            pretrain.parse_options(evaluate.LMOptions, evaluate.LM_PRESETS, argv=argv[1:])
+        elif script == "evaluate":
+            evaluate.parse(argv)
+        else:
+            stage = dict(pretrain=pretrain, meta_train=meta_train, adapt=adapt)[script]
+            pretrain.parse_options(stage.Options, stage.PRESETS, Config if stage is pretrain else None, argv)
