@@ -197,8 +197,8 @@ def main():
     check_options(o)
     place = setup(o)
     torch.manual_seed(o.seed)
-    model = spidr.load(o.init, ema_start=o.ema_start, codebook_decay=o.codebook_decay).to(place.device)
-    inventory = spidr.read_checkpoint(o.init)[1].get("inventories", {})
+    model, inventory = spidr.load_init(o.init, ema_start=o.ema_start, codebook_decay=o.codebook_decay)
+    model.to(place.device)
 
     # ---- data
     rows = audio_rows(o, place)

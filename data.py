@@ -601,7 +601,7 @@ PARTS = slice(5), slice(3), slice(1, 2), slice(2, 3)  # a whole sentence; withou
 
 
 def sentence(lang, rng, topic, genders=None):
-    """Determiner, noun, verb, mostly determiner and noun again; a noun in ten is off the topic."""
+    """Determiner, noun, verb, determiner, noun, all on the topic; or, where the genders are free, a part of that."""
     def zipf(words):
         weights = 1 / np.arange(2, len(words) + 2)
         return words[rng.choice(len(words), p=weights / weights.sum())]
@@ -667,7 +667,7 @@ def write_corpus(root, table, split, utterances):
 
 
 def lexical_pairs(lang, rng, count):
-    """[(word, non-word)]: two words of one shape swap a phone and both become non-words, so neither
+    """[(word, non-word)]: two words of one shape swap two phones and both become non-words, so neither
     length nor the frequency of single phones gives the non-words away."""
     words = [word for topic in lang["nouns"] for gender in topic for word in gender] + lang["rare"]
     words += [word for topic in lang["verbs"] for word in topic]

@@ -865,8 +865,8 @@ def train_lm(arguments):
         network.load_state(lm, checkpoint["model"], o.out)
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, state = int(checkpoint["step"]), checkpoint["log"]
-    if first >= o.steps:
-        return finished(o, place)
+        if first >= o.steps:
+            return finished(o, place)
     log, stop = Log(o, place, first, state), Stop(place)
 
     # ---- loop
@@ -1221,7 +1221,8 @@ def compare(args):
         return [np.mean(of_languages) for of_languages in by_seed.values()]
 
     lines, amounts = {}, dict(sorted(amounts.items()))
-    print(f"{'adapted from':24} {'layer':>5}" + "".join(f"{text:>14}" for text in amounts.values()) + "   ABX across, %")
+    columns = "".join(f"{text:>14}" for text in amounts.values())
+    print(f"{'adapted from':24} {'layer':>5}{columns}   ABX across, %")
     for name in sorted({record[0] for record in records}):
         layers, there = ({record[i] for record in records if record[0] == name} for i in (1, 2))
         layer = min(layers, key=lambda layer: sum(np.mean(errors(name, layer, amount)) for amount in there - {0}))

@@ -260,8 +260,7 @@ def initial_model(o, place):
               file=sys.stderr)
         model, inventory = SpidR(Config(**spidr.PRESETS[o.preset] | changes)), {}
     else:
-        model = spidr.load(o.init, **changes)
-        inventory = spidr.read_checkpoint(o.init)[1].get("inventories", {})
+        model, inventory = spidr.load_init(o.init, **changes)
     labelled_init = len(model.supervised_classifiers) > 0
     if o.beta < 0:
         o.beta = 0.01 if labelled_init and o.method == "foblo" else 0.1

@@ -606,9 +606,14 @@ def load_state(model, state, path):
 def load(path, device="cpu", **changes):
     """A run's folder, one of our checkpoints or a released one (with its config.json beside it, else base); `changes`
     are to the configuration."""
+    return load_init(path, **changes)[0].to(device)
+
+
+def load_init(path, **changes):
+    """What a stage starts from: the same network, and the phone inventories of its classifiers."""
     path, checkpoint = read_checkpoint(path)
     model = SpidR(replace(read_config(path.parent / "config.json"), **changes))
-    return load_state(model, checkpoint["model"], path).eval().to(device)
+    return load_state(model, checkpoint["model"], path).eval(), checkpoint.get("inventories", {})
 
 
 # ======== what the network looks like ========

@@ -370,8 +370,8 @@ class Log:
         record = {name: None if x != x else x for name, x in record.items()}  # JSON knows no NaN
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        shown = ("meta_update", "relative_delta", "loss", "target_ppl", "pred_ppl", "accuracy", "phone_loss", "valid_loss",
-                 "lr", "audio_s_per_s")
+        shown = ("meta_update relative_delta loss target_ppl pred_ppl accuracy phone_loss valid_loss lr "
+                 "audio_s_per_s").split()
         self.bar.set_postfix({name: f"{record[name]:.3g}" for name in shown if record.get(name)})
         if self.bar.disable:
             print(f"step {record['step']}", *(f"{name} {record[name]:.4g}" for name in shown if record.get(name)),
@@ -496,19 +496,24 @@ def sum_gradients(gradients, group):
 # ======== the stage ========
 
 
+def initial_model(o, config, place):
+    """A new network or that of --init, and its phone inventories."""
+    if not o.init:
+        return SpidR(config).to(place.device), {}
+    require(config == Config(**spidr.PRESETS[o.preset]), "--init brings its own network: no options of Config")
+    model, inventory = spidr.load_init(o.init)
+    check_options(o, model.config)
+    return model.to(place.device), inventory
+
+
 def main():
     # ---- options, setup
     o, config = parse_options(Options, PRESETS, Config)
     check_options(o, config)
     place = setup(o)
     torch.manual_seed(o.seed)
-    model, inventory = SpidR(config), {}
-    if o.init:
-        require(config == Config(**spidr.PRESETS[o.preset]), "--init brings its own network: no options of Config")
-        model, inventory = spidr.load(o.init), spidr.read_checkpoint(o.init)[1].get("inventories", {})
-        config = model.config
-        check_options(o, config)
-    model.to(place.device)
+    model, inventory = initial_model(o, config, place)
+    config = model.config
     if o.compile:
         for part in model.feature_extractor, model.student, model.teacher:
             part.compile()

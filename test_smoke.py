@@ -721,6 +721,8 @@ def test_meta_training_mistakes_are_one_line(cli, toy, reference_run, tmp_path):
         (["--init", "nowhere"], "nowhere: no such checkpoint"),
         (["--method", "maml"], "--method maml"),
         (["--chunk-min-seconds", 10_000], "a task needs at least"),
+        (["--chunk-seconds", 5], "is longer than --chunk-seconds 5"),
+        (["--accumulate", 50], "a task of "),
         (["--manifest", toy / "train.csv"], "needs --alignments"),
         (["--supervised-layer", 9], "--supervised-layer 9"),
     ):
