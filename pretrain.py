@@ -552,8 +552,7 @@ def main():
         if step >= o.freeze_step:
             model.freeze_front_end()
         seed_step(o.seed, step, place.rank)
-        done, lr = step + 1, lr_at(step, o)
-        supervised = done % every == 0
+        done, lr, supervised = step + 1, lr_at(step, o), (step + 1) % every == 0
         micro_batches = itertools.islice(labelled_batches if supervised else batches, o.accumulate)
         metrics = train_step(model, optimizer, micro_batches, lr, o, place, o.supervised_layer if supervised else 0)
         ema = model.update_teacher(done)
