@@ -63,8 +63,8 @@ class Options(pretrain.Options):
 PRESETS = {
     "base": {},
     "tiny": pretrain.PRESETS["tiny"] | dict(
-        steps=100, lr=1e-3, warmup_steps=10, hold_steps=10**9, freeze_step=0, batch_samples=256_000,
-        supervised_every=0, supervised_layer=1, rank_max=16, save_every=50),
+        steps=200, lr=5e-4, warmup_steps=20, hold_steps=10**9, freeze_step=0, supervised_every=0, supervised_layer=1,
+        rank_max=16, save_every=50),
 }
 
 
