@@ -316,10 +316,12 @@ class Transformer(nn.Module):
         x = self.dropout(self.layer_norm(x + self.pos_conv_embed(x, valid)))
         outputs = []
         for layer in self.layers[:depth]:
-            skipped = self.training and self.layer_drop > 0 and torch.rand(()) < self.layer_drop
             stream, output = layer(x, valid)
-            x = x if skipped else stream  # a dropped layer still gives its output: its head has to learn
-            outputs.append(output)
+            outputs.append(output)  # of a dropped layer too: its head has to learn
+            if self.training and self.layer_drop > 0:  # chosen, not passed over: ranks that drop others sum the same
+                dropped = (torch.rand(()) < self.layer_drop).to(x.device, non_blocking=True)
+                stream = torch.where(dropped, x, stream)
+            x = stream
         return x, outputs
 
 
@@ -408,7 +410,7 @@ class SpidR(nn.Module):
 
     def hide(self, x, mask):
         """The mask embedding in the place of the masked frames."""
-        return torch.where(mask.to(x.device)[..., None], self.mask_embedding.to(x.dtype), x)
+        return torch.where(mask.to(x.device, non_blocking=True)[..., None], self.mask_embedding.to(x.dtype), x)
 
     # -------- self-supervised training (SpidR) --------
 

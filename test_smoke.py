@@ -462,7 +462,7 @@ def poisoned(self, i):
 data.Batches.__getitem__ = poisoned
 model.run(pretrain.main)
 """)
-    launch(script, *SMALL, "--toy", toy, "--out", "run", "--log-every", 1, ranks=2, cwd=tmp_path)
+    launch(script, *SMALL, "--toy", toy, "--out", "run", "--log-every", 1, "--layer-drop", 0.4, ranks=2, cwd=tmp_path)
     assert sum(metrics(tmp_path / "run", "skipped")[:1] + metrics(tmp_path / "run", "skipped_in_a_row")) == 1
     assert all(t.isfinite().all() for t in weights(tmp_path / "run").values())
 
