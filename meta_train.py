@@ -300,6 +300,7 @@ def main():
         _, mine = spidr.read_checkpoint(worker_file(o, place, done))
         spidr.load_state(model, mine["model"], o.out)
         phi, delta = ([t.to(keep) for t in mine[name]] for name in ("phi", "delta"))
+        require(checkpoint["ranks"] == place.world, f"{o.out} was made by {checkpoint['ranks']} processes: as many resume it")
         for optimizer, state in zip(optimizers, mine["optimizers"]):
             optimizer.load_state_dict(state)
         if at[0] == o.updates:
@@ -339,7 +340,8 @@ def save(o, place, model, phi, delta, optimizers, done, at, log, inventory):
         theta_now = [t.clone() for t in theta(model)]
         torch._foreach_copy_(theta(model), phi)
         for name in ["last.pt"] + [f"update_{at[0]}.pt"] * (at[0] == o.updates):
-            spidr.save(Path(o.out) / name, model.state_dict(), step=done, at=at, log=log.state, inventories=inventory)
+            spidr.save(Path(o.out) / name, model.state_dict(), step=done, at=at, ranks=place.world, log=log.state,
+                       inventories=inventory)
         torch._foreach_copy_(theta(model), theta_now)
     barrier()
     for old in Path(o.out).glob(f"worker_{place.rank}_step_*.pt"):
