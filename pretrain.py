@@ -500,8 +500,10 @@ def initial_model(o, config, place):
     """A new network or that of --init, and its phone inventories."""
     if not o.init:
         return SpidR(config).to(place.device), {}
-    require(config == Config(**spidr.PRESETS[o.preset]), "--init brings its own network: no options of Config")
-    model, inventory = spidr.load_init(o.init)
+    changes = {name: getattr(config, name) for name in ("codebook_decay", "ema_start", "ema_timescale", "layer_drop")}
+    require(config == Config(**spidr.PRESETS[o.preset] | changes),
+            f"--init brings its own network: of Config only {', '.join(changes)}")
+    model, inventory = spidr.load_init(o.init, **changes)
     check_options(o, model.config)
     return model.to(place.device), inventory
 

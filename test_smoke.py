@@ -414,7 +414,11 @@ def test_a_run_and_what_it_writes(toy, reference_run, cli):
 
 
 def test_a_run_can_start_from_another(cli, toy, reference_run):
-    more = [pretrain, *RUN, "--toy", toy, "--init", reference_run, "--steps", 1, "--lr", 1e-12]
+    config = json.loads((reference_run / "config.json").read_text())
+    config["model"] |= dict(ema_start_decay=1.0, codebook_decay=0.8)  # as meta-training and adaptation leave them
+    shutil.copytree(reference_run, "init")
+    Path("init/config.json").write_text(json.dumps(config))
+    more = [pretrain, *RUN, "--toy", toy, "--init", "init", "--steps", 1, "--lr", 1e-12, "--ema-start", 0.99]
     assert cli(*more, "--out", "more")[0] == 0
     before, after = weights(reference_run), weights("more")
     same({k: v for k, v in after.items() if k.startswith("student")},
