@@ -68,6 +68,9 @@ PRESETS = {
 }
 
 
+UNUSED = "manifest alignments valid compile benchmark freeze_step supervised_every supervised_layer"
+
+
 def check_options(o):
     require(o.method in ("full", "lora", "dama"), f"--method {o.method}: full, lora or dama")
     require(o.basis in ("all", "middle"), f"--basis {o.basis}: all or middle")
@@ -193,7 +196,7 @@ def change_table(model, before):
 
 def main():
     # ---- options, setup
-    o, _ = parse_options(Options, PRESETS)
+    o, _ = parse_options(Options, PRESETS, without=UNUSED)
     check_options(o)
     place = setup(o)
     torch.manual_seed(o.seed)

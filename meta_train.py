@@ -72,6 +72,9 @@ PRESETS = {
 }
 
 
+UNUSED = "steps valid compile benchmark freeze_step keep_every"
+
+
 def check_options(o):
     require(o.method in ("foblo", "reptile"), f"--method {o.method}: foblo or reptile")
     require(min(o.workers, o.updates, o.inner_steps) >= 1 and o.outer_steps >= 0,
@@ -272,7 +275,7 @@ def initial_model(o, place):
 
 def main():
     # ---- options, setup
-    o, _ = parse_options(Options, PRESETS)
+    o, _ = parse_options(Options, PRESETS, without=UNUSED)
     check_options(o)
     place = setup(o)
     torch.manual_seed(o.seed)

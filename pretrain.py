@@ -105,15 +105,16 @@ def json_list(text):
     return tuple(value)
 
 
-def parse_options(options, presets, config=None, argv=None):
-    """(options, config): the dataclasses' defaults, over them the preset's numbers, over those the command line's."""
+def parse_options(options, presets, config=None, argv=None, without=""):
+    """(options, config): the dataclasses' defaults, over them the preset's numbers, over those the command line's.
+    `without`: fields that a stage inherits but has no use for."""
     manual = sys.modules[options.__module__].__doc__
     parser = Parser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for kind in filter(None, (options, config)):
         group, helps = parser.add_argument_group(kind.__name__), {}
         for cls in reversed(kind.__mro__[:-1]):  # what a later class says of an option wins
             helps |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M)
-        for field in fields(kind):
+        for field in (field for field in fields(kind) if field.name not in without.split()):
             how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=json_list)}
             group.add_argument("--" + field.name.replace("_", "-"), default=None,
                                help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"),

@@ -731,6 +731,7 @@ def test_meta_training_mistakes_are_one_line(cli, toy, reference_run, tmp_path):
         (["--supervised-layer", 9], "--supervised-layer 9"),
     ):
         refused(cli(meta_train, *meta(toy, reference_run, "--out", "new"), *args), message)
+        (["--freeze-step", 9], "unrecognized arguments: --freeze-step"),
     assert not Path("new").exists()
 
 
