@@ -76,6 +76,7 @@ def check_options(o):
     require(o.basis in ("all", "middle"), f"--basis {o.basis}: all or middle")
     require(1 <= o.rank_min <= o.rank_max, f"--rank-min {o.rank_min}, --rank-max {o.rank_max}: 1 <= min <= max")
     require(not o.items or Path(o.items).is_file(), f"--items {o.items}: no such file")
+    require(not o.items or o.items_audio or o.audio, "--items needs --items-audio, or --audio")
 
 
 # ======== data ========

@@ -1,10 +1,15 @@
-"""Evaluation: features and units; ABX; unit quality; baselines.  (SpidR, arXiv 2512.20308; ZeroSpeech 2021.)
+"""Evaluation: features and units; ABX; unit quality; a language model on units.  (SpidR, arXiv 2512.20308;
+ZeroSpeech 2021.)
 
+    python evaluate.py                                                           a report on the toy world's newest runs
     python evaluate.py features --model M --audio A --out FOLDER [--layer L]     a layer's frames, one .npy a file
     python evaluate.py units    --model M --audio A --out U.jsonl [--layer L]    the codeword of every frame
     python evaluate.py abx      --model M --items X.item --audio A [--layer all] [--speaker both] [--context within]
     python evaluate.py abx      --features FOLDER --items X.item
     python evaluate.py quality  --units U.jsonl --alignments A.csv
+    python evaluate.py lm       --units U.jsonl --out LM                         a causal Transformer on units
+    python evaluate.py swuggy | sblimp | tsc  --lm LM --model M --data FOLDER    spoken language modelling
+    python evaluate.py compare  RUN ...                                          adapted runs side by side
 
 M is a run's folder, a checkpoint, a released checkpoint, or a baseline: mfcc, wav2vec2_base, hubert_base, wavlm_base.
 A is a folder of audio, a manifest or one file. Layers are counted from 1; codebook k (from 0) belongs to layer L-K+1+k.
@@ -42,7 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-import model as network
+import model as spidr
 from model import InputError, all_sum, num_frames, require, run
 from pretrain import (Log, Parser, Stop, autocast, finished, lr_at, make_optimizer, open_run, parse_options,
                       save_checkpoint, seed_step, setup, stopped, update)
@@ -85,10 +90,10 @@ def load_encoder(name, device=None):
         return Encoder("mfcc", "", 1, 0, 0, 39, mfcc)
     if str(name) in BASELINES:
         return baseline(name, device)
-    return ours(str(name), network.load(name, device))
+    return spidr_encoder(str(name), spidr.load(name, device))
 
 
-def ours(name, net):
+def spidr_encoder(name, net):
     c, device = net.config, net.mask_embedding.device
 
     def batched(function):
@@ -165,6 +170,9 @@ def windows(samples, longest):
 def window_batches(rows, window_seconds, samples):
     """Yields [(fileid, the frames to keep, waveform)]: short files together, the shortest first."""
     batch, longest = [], 0
+    twice = [fileid for fileid, count in Counter(row.fileid for row in rows).items() if count > 1]
+    require(not twice, f"{len(twice)} fileids name more than one recording, such as {(twice or [''])[0]!r}: give the "
+            "manifest a column fileid")
     for row in tqdm(sorted(rows, key=lambda row: row.num_samples), "audio", unit="file", leave=False, disable=None):
         try:
             wav = data.standardise(data.read_audio(row.path))
@@ -862,7 +870,7 @@ def train_lm(arguments):
     tokens = sum(map(len, units.values()))
     checkpoint, first, state = open_run(o, header | dict(utterances=len(units), tokens=tokens), lm, place), 0, None
     if checkpoint:
-        network.load_state(lm, checkpoint["model"], o.out)
+        spidr.load_state(lm, checkpoint["model"], o.out)
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, state = int(checkpoint["step"]), checkpoint["log"]
         if first >= o.steps:
@@ -897,9 +905,9 @@ def same_units(header):  # not the name: a model may have several
 
 
 def load_lm(path, device=None):
-    path, checkpoint = network.read_checkpoint(path)
+    path, checkpoint = spidr.read_checkpoint(path)
     require("lm" in checkpoint and "units" in checkpoint, f"{path}: not a language model; 'evaluate.py lm' trains one")
-    lm = network.load_state(UnitLM(**checkpoint["lm"]), checkpoint["model"], path)
+    lm = spidr.load_state(UnitLM(**checkpoint["lm"]), checkpoint["model"], path)
     lm.units = checkpoint["units"]
     return lm.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -1083,11 +1091,12 @@ def print_abx(records, targets):
 
 
 def print_toy_abx(toy, runs):
-    """The toy world's languages by MFCC, by the first run before its first step, and by the runs {name: path}."""
+    """The toy world's languages by MFCC, by a fresh network of the first run's shape, and by the runs {name: path}."""
     first = Path(next(iter(runs.values())))
     torch.manual_seed(json.loads((first / "config.json").read_text())["options"]["seed"])
-    untrained = network.SpidR(network.read_config(first / "config.json")).eval()
-    encoders = {"untrained": ours("untrained", untrained)} | {name: load_encoder(str(p)) for name, p in runs.items()}
+    untrained = spidr.SpidR(spidr.read_config(first / "config.json")).eval()
+    encoders = {"untrained": spidr_encoder("untrained", untrained)}
+    encoders |= {name: load_encoder(str(path)) for name, path in runs.items()}
     try:
         import_torchaudio("the MFCC baseline")
         encoders = {"mfcc": load_encoder("mfcc")} | encoders
@@ -1100,10 +1109,13 @@ def print_toy_abx(toy, runs):
 
 
 def newest_runs(folder="runs"):
-    """{stage: its newest finished run on the toy world}."""
+    """{stage: its newest run on the toy world that has a checkpoint}."""
     found = {}
     for path in sorted(Path(folder).glob("*/last.pt"), key=lambda path: path.stat().st_mtime):
-        options = json.loads((path.parent / "config.json").read_text())["options"]
+        try:
+            options = json.loads((path.parent / "config.json").read_text())["options"]
+        except (OSError, ValueError, KeyError):  # not ours
+            continue
         stage = {"foblo": "meta", "reptile": "meta"}.get(options.get("method"), "adapt" if "budget" in options else
                                                          "pretrain" if "supervised_every" in options else "lm")
         if stage != "lm" and not options.get("manifest") and not options.get("audio"):
@@ -1133,18 +1145,17 @@ def report(out="runs"):
         qualities[name] = quality(units, phones, encoder.codewords)
         print(f"{name:24} " + "  ".join(f"{key} {value:.3g}" for key, value in qualities[name].items()))
 
-    began -= time.time()
     lm = toy_lm(path, f"{first.hash}_{layer}", layer, toy, Path(out))
-    began += time.time()
     pairs = {}
     for task in ("swuggy", "sblimp", "tsc"):
         print()
         folder = toy / "lm" / TASKS[task][0]
         pairs[task] = run_pairs(parse([task, "--lm", str(lm), "--model", str(path), "--data", str(folder)]))
-    curves = {str(path): [json.loads(line) for line in open(path / "metrics.jsonl")] for path, _ in runs.values()}
+    curves = {f"{stage}: {path}": [json.loads(line) for line in open(path / "metrics.jsonl")]
+              for stage, (path, _) in runs.items()}
     draw(Path(out) / "report.svg", records, world["targets"], curves)
     Path(out, "report.json").write_text(json.dumps(dict(abx=records, quality=qualities, pairs=pairs), indent=1) + "\n")
-    print(f"\n{out}/report.json, {out}/report.svg; {time.time() - began:.0f} s without the language model")
+    print(f"\n{out}/report.json, {out}/report.svg; {time.time() - began:.0f} s")
 
 
 def toy_lm(path, name, layer, toy, out):
@@ -1171,13 +1182,15 @@ def draw(path, records, targets, curves):
 
 
 def write_svg(path, plots, ticks=None):
-    shapes = [plot(title, lines, 330 * i, ticks) for i, (title, lines) in enumerate(plots) if lines]
+    names = dict.fromkeys(name for _, lines in plots for name in lines)  # each has one colour throughout
+    colours = dict(zip(names, itertools.cycle(("#888", "#c93", "#36c", "#393", "#a3a", "#c33"))))
+    shapes = [plot(title, lines, 330 * i, colours, ticks) for i, (title, lines) in enumerate(plots) if lines]
     Path(path).write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{330 * len(plots)}" height="290" font-family="sans-serif" '
         f'font-size="11"><rect width="100%" height="100%" fill="white"/>{"".join(shapes)}</svg>\n')
 
 
-def plot(title, lines, left, ticks=None):
+def plot(title, lines, left, colours, ticks=None):
     """One plot of {name: [(x, y)]}, 330 x 290, with its axes' ends, or {x: what stands there}, and a legend."""
     xs, ys = ([point[i] for line in lines.values() for point in line] for i in (0, 1))
     (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
@@ -1190,11 +1203,10 @@ def plot(title, lines, left, ticks=None):
     marks = [(f"{y1:.3g}", left + 41, 34, "end"), (f"{y0:.3g}", left + 41, 193, "end")]
     marks += [(text, at(x, 0)[0], 208, "middle") for x, text in (ticks or {x: f"{x:g}" for x in (x0, x1)}).items()]
     parts += [f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}">{text}</text>' for text, x, y, anchor in marks]
-    colours = itertools.cycle(("#888", "#c93", "#36c", "#393", "#a3a", "#c33"))
-    for i, ((name, line), colour) in enumerate(zip(lines.items(), colours)):
+    for i, (name, line) in enumerate(lines.items()):
         points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts.append(f'<text x="{left + 45}" y="{224 + 13 * i}" fill="{colour}">{name}</text>')
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colours[name]}" stroke-width="1.5"/>')
+        parts.append(f'<text x="{left + 45}" y="{224 + 13 * i}" fill="{colours[name]}">{name}</text>')
     return "".join(parts)
 
 
@@ -1299,6 +1311,8 @@ def main():
     if sys.argv[1:2] == ["lm"]:  # its options are a dataclass, like those of the training scripts
         return train_lm(sys.argv[2:])
     args = parse()
+    if getattr(args, "out", None):  # what cannot be written is told before the work
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     args.function(args) if args.verb else report()
 
 

@@ -3,7 +3,7 @@
     python meta_train.py --init runs/pretrain                           the toy world
     torchrun --nproc_per_node=16 meta_train.py --init runs/pretrain --manifest train.csv --alignments align.csv
                                                                         the paper's run: 8 workers of 2 GPUs
-    python meta_train.py ... --workers 8                                the same on one GPU, one worker after another
+    python meta_train.py ... --accumulate 2                             the same on one GPU, one worker after another
 
 An episode is one worker's work on one task, some hours of one language: inner steps without labels, outer steps with
 them. Writes to --out what pretraining writes, and worker_R_step_N.pt, what each process needs to resume anywhere. The
@@ -174,7 +174,7 @@ def fit_heads(heads, z, labels, steps, lr, group=None):
 # ======== MAdaPT: FOBLO and Reptile (SpidR-Adapt) ========
 # phi and theta are vectors of every parameter *and buffer* (teacher, codebooks, classifiers), all but the step counter.
 # An episode resets theta to phi and, by forgetting, the codebooks and heads. It does not reset Adam: a worker's moments
-# persist from episode to episode. The teacher stands still (ema_start = 1).
+# persist from episode to episode. The teacher stands still: nothing here calls update_teacher.
 
 
 def cyclic_lr(step, o):
@@ -212,7 +212,7 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, a
             if first == 0:
                 torch._foreach_copy_(theta(model), phi)  # theta_0 = phi
                 if o.method == "reptile":
-                    add(delta, phi, -1)
+                    add(delta, phi, -1)  # delta -= phi
             for s in range(first, length):
                 step, supervised = update * length + s, s >= inner
                 step_seed = (o.seed, step, worker * team.world + team.rank)
@@ -224,7 +224,7 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, a
                 layer = o.supervised_layer if supervised else 0
                 metrics = train_step(model, optimizers[i], micro_batches, lr, o, team, layer)
                 if o.method == "foblo" and s + 1 == inner:
-                    add(delta, theta(model), -1)  # theta_M
+                    add(delta, theta(model), -1)  # delta -= theta_M
                 yield (update, i, s + 1), metrics | {"lr": torch.tensor(lr)}
             add(delta, theta(model), 1)  # FOBLO: delta += theta_{M+N} - theta_M; Reptile: delta += theta_end - phi
             at = (update, i + 1, 0)
@@ -300,10 +300,11 @@ def main():
     checkpoint, at, done = open_run(o, model.config, model, place), (0, 0, 0), 0
     if checkpoint:
         done, at = int(checkpoint["step"]), tuple(checkpoint["at"])
+        ranks = checkpoint["ranks"]
+        require(ranks == place.world, f"{o.out} was made by {ranks} processes: only as many can resume it")
         _, mine = spidr.read_checkpoint(worker_file(o, place, done))
         spidr.load_state(model, mine["model"], o.out)
         phi, delta = ([t.to(keep) for t in mine[name]] for name in ("phi", "delta"))
-        require(checkpoint["ranks"] == place.world, f"{o.out} was made by {checkpoint['ranks']} processes: as many resume it")
         for optimizer, state in zip(optimizers, mine["optimizers"]):
             optimizer.load_state_dict(state)
         if at[0] == o.updates:

@@ -121,6 +121,8 @@ class Config:
         require(1 <= self.codebooks <= self.layers, f"codebooks: from 1 to the number of layers, {self.layers}")
         require(self.codewords >= 2, "codewords: at least 2")
         require(all(0 <= p < 1 for p in dropouts), "dropouts lie in [0, 1)")
+        require(math.prod(stride for *_, stride in self.conv_layers) == 320,
+                "conv_layers: the strides multiply to 320 samples, a frame at 50 Hz")
         require(0 <= self.codebook_decay <= 1 and 0 <= self.ema_start <= 1, "decays lie in [0, 1]")
         require(self.ema_timescale > 0 and self.init_std > 0, "ema_timescale and init_std are positive")
 
@@ -439,7 +441,7 @@ class SpidR(nn.Module):
 
     @torch.no_grad()
     def assign(self, targets):
-        """The nearest codeword, [K, M, D] -> [K, M], in full precision whatever autocast says."""
+        """The nearest codeword, [K, M, D] -> [K, M], in float32 (TF32 on GPUs) whatever autocast says."""
         with torch.autocast(targets.device.type, enabled=False):
             codewords = torch.stack([c.codebook / c.counts[:, None] for c in self.codebooks])  # [K, V, D]
             # |t - c|^2 without |t|^2, which is the same for every codeword

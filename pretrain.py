@@ -259,10 +259,13 @@ def seed_step(*numbers):
 
 
 def make_toy(o, place):
-    if place.first and not (Path(o.toy) / "toy.json").exists():
+    about = Path(o.toy) / "toy.json"
+    if place.first and not about.exists():
         print(f"making the toy world in {o.toy}", flush=True)
         data.toy(o.toy)
     barrier()
+    require(json.loads(about.read_text()).get("version") == data.TOY_VERSION,
+            f"{o.toy} holds the toy world of another version of this code: name another --toy, or remove it")
 
 
 def read_data(o, place, inventory=None):
@@ -273,7 +276,7 @@ def read_data(o, place, inventory=None):
         manifest, alignments = Path(o.toy) / "train.csv", alignments or Path(o.toy) / "train_alignments.csv"
     rows = data.check_audio(data.read_manifest(manifest), o.min_samples)
     if not (alignments and o.supervised_every):
-        return rows, [], {}, {}
+        return rows, [], {}, inventory or {}
     found = data.read_alignments(alignments)
     labelled = data.aligned_rows(rows, found, alignments)
     inventory = data.inventories(found) | (inventory or {})
@@ -343,7 +346,7 @@ class Log:
                  for name in names}
         layers = next((m["layers"] for m in reversed(self.seen) if "layers" in m), {})
         per_layer = {f"{name}_{k}": x for name, values in layers.items() for k, x in enumerate(values.tolist())}
-        heard = torch.tensor([self.samples, self.bad], dtype=torch.float32, device=self.place.device)
+        heard = torch.tensor([self.samples, self.bad], device=self.place.device)
         samples, bad = all_sum(heard).tolist()
         seconds = time.time() - self.since
         if self.place.first and means.get("target_ppl", 9) < 2 and "collapse" not in self.told:
@@ -368,7 +371,7 @@ class Log:
     def write(self, record):
         if not self.place.first:
             return
-        record = {name: None if x != x else x for name, x in record.items()}  # JSON knows no NaN
+        record = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in record.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         shown = ("meta_update relative_delta loss target_ppl pred_ppl accuracy phone_loss valid_loss lr "
@@ -417,7 +420,9 @@ class Stop:
         self.asked = True
 
     def agreed(self, step):
-        if self.place.world > 1 and step % 10:  # agreeing waits for the GPU: not at every step
+        if self.place.world == 1:
+            return self.asked
+        if step % 10:  # agreeing waits for the GPU: not at every step
             return False
         return all_sum(torch.tensor(float(self.asked), device=self.place.device)).item() > 0
 

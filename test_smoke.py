@@ -420,6 +420,7 @@ def test_a_run_can_start_from_another(cli, toy, reference_run):
     Path("init/config.json").write_text(json.dumps(config))
     more = [pretrain, *RUN, "--toy", toy, "--init", "init", "--steps", 1, "--lr", 1e-12, "--ema-start", 0.99]
     assert cli(*more, "--out", "more")[0] == 0
+    assert metrics("more", "ema")[-1] < 1 and spidr.load("more").config.codebook_decay == 0.9
     before, after = weights(reference_run), weights("more")
     same({k: v for k, v in after.items() if k.startswith("student")},
          {k: v for k, v in before.items() if k.startswith("student")}, 1e-9)
@@ -454,6 +455,7 @@ def test_two_ranks_are_one_rank_with_accumulation(toy, tmp_path):
 
 
 def test_a_nan_on_one_rank_is_skipped_by_all(toy, tmp_path):
+    """And ranks that drop different layers still sum the same gradients."""
     script = tmp_path / "poisoned.py"
     script.write_text("""
 import os, data, pretrain, model
@@ -729,9 +731,9 @@ def test_meta_training_mistakes_are_one_line(cli, toy, reference_run, tmp_path):
         (["--accumulate", 50], "a task of "),
         (["--manifest", toy / "train.csv"], "needs --alignments"),
         (["--supervised-layer", 9], "--supervised-layer 9"),
+        (["--freeze-step", 9], "unrecognized arguments: --freeze-step"),
     ):
         refused(cli(meta_train, *meta(toy, reference_run, "--out", "new"), *args), message)
-        (["--freeze-step", 9], "unrecognized arguments: --freeze-step"),
     assert not Path("new").exists()
 
 
@@ -932,6 +934,8 @@ def test_features_units_and_layers(speech):
             evaluate.read_units(out, **wrong)
     with pytest.raises(InputError, match="--layer 1"):
         encoder.layer(1, units=True)
+    with pytest.raises(InputError, match="1 fileids name more than one recording, such as 'a0'"):
+        next(evaluate.extract([*rows, rows[0]], encoder.encode, [0]))
     evaluate.write_features(evaluate.parse(["features", "--model", run, "--audio", audio, "--out", str(folder / "f"),
                                             "--layer", "3"]))
     features, meta = evaluate.read_features(folder / "f", ["a0", "a2", "missing"])
