@@ -225,6 +225,7 @@ def main():
         first, state = int(checkpoint["step"]), checkpoint["log"]
         if first >= o.steps:
             return finished(o, place)
+    score(o, place, "before", o.init)
     log, stop = Log(o, place, first, state), Stop(place)
 
     # ---- loop
@@ -248,6 +249,20 @@ def main():
             stopped(log, done)
     if place.first:
         summary(o, log, rows, change_table(model, before))
+    score(o, place, "after", o.out)
+
+
+def score(o, place, when, run):
+    """ABX, if there are items; before the first step, so that what does not fit is told then."""
+    items = o.items or ("" if o.audio else str(Path(o.toy) / "eval" / f"{o.language}.item"))
+    out = Path(o.out) / f"abx_{when}.json"
+    if items and place.first and not out.exists():
+        import evaluate  # only here: adapting itself needs none of it
+
+        audio = o.items_audio or (o.audio if o.items else str(Path(items).with_suffix(".csv")))
+        print(f"ABX {when}:")
+        evaluate.run_abx(evaluate.parse(["abx", "--model", str(run), "--items", items, "--audio", audio,
+                                         "--out", str(out)]))
 
 
 def summary(o, log, rows, table):
@@ -256,16 +271,7 @@ def summary(o, log, rows, table):
     print(f"{o.out}: {o.method} adaptation to {len(rows)} recordings, {60 * hours:.1f} min, in {o.steps} steps, "
           f"{log.state['seconds'] / 60:.1f} min; {log.state['skipped']} steps skipped")
     print(*table, sep="\n")
-    items = o.items or ("" if o.audio else str(Path(o.toy) / "eval" / f"{o.language}.item"))
-    if items:
-        import evaluate  # only here: adapting itself needs none of it
-
-        audio = o.items_audio or (o.audio if o.items else str(Path(items).with_suffix(".csv")))
-        for name, path in (("before", o.init), ("after", o.out)):
-            print(f"ABX {name}:")
-            evaluate.run_abx(evaluate.parse(["abx", "--model", str(path), "--items", items, "--audio", audio,
-                                             "--out", str(Path(o.out) / f"abx_{name}.json")]))
-    print(f"next: python evaluate.py units --model {o.out} --audio FOLDER --out units.jsonl")
+    print(f"next: python evaluate.py units --model {o.out} --audio {o.audio or 'FOLDER'} --out units.jsonl")
 
 
 if __name__ == "__main__":

@@ -105,18 +105,21 @@ def read_tsv(file, path):
 
 
 def file_ids(names):
-    """The names without folder and suffix, or without suffix alone where that is not unique."""
-    stems = Counter(name.stem for name in names)
-    return [name.stem if stems[name.stem] == 1 else str(name.with_suffix("")) for name in names]
+    """The names without folder and suffix; where that is not unique without suffix alone, or as they are."""
+    shorter = [[name.stem, str(name.with_suffix("")), str(name)] for name in names]
+    count = [Counter(column) for column in zip(*shorter)]
+    return [next(id for i, id in enumerate(ids) if count[i][id] == 1 or i == 2) for ids in shorter]
 
 
 def scan_folder(folder, minimum=2000):
     """The rows of a folder's audio (language: its first sub-folder), and (name, why) of what was left out."""
     folder = Path(folder)
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    paths = [p for p in files if p.suffix.lower() in AUDIO]
     require(paths, f"{folder}: no audio in this folder ({', '.join(AUDIO)})")
     ids = file_ids([path.relative_to(folder) for path in paths])
-    rows, left_out = [], []
+    others = Counter(p.suffix.lower() or "no suffix" for p in files if p.suffix.lower() not in AUDIO)
+    rows, left_out = [], [(f"{n} x {suffix}", "not a kind of audio that is read") for suffix, n in others.items()]
     with ThreadPoolExecutor(8) as pool:
         found = tqdm(pool.map(lambda path: inspect(path, minimum), paths), total=len(paths), desc=str(folder),
                      unit="file", leave=False, disable=None)
@@ -128,7 +131,7 @@ def scan_folder(folder, minimum=2000):
             language = name.parts[0] if len(name.parts) > 1 else ""
             rows.append(Row(fileid, str(path), samples, language, where=str(path)))
     if not rows:
-        raise InputError(f"{folder}: none of its {len(paths)} files is usable; the first: {' '.join(left_out[0])}")
+        raise InputError(f"{folder}: none of its {len(paths)} files is usable; one of them: {' '.join(left_out[-1])}")
     return rows, left_out
 
 
@@ -393,12 +396,13 @@ class Batches:
 def loader(batches, numbers, workers, pin):
     """The batches with the given numbers, in their order, fetched ahead by `workers` processes."""
     return torch.utils.data.DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin,
-                                       prefetch_factor=4 if workers else None, worker_init_fn=outlive_sigterm)
+                                       prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals)
 
 
-def outlive_sigterm(_):
-    """A SIGTERM to the whole process group must not take the workers before the training has saved."""
+def outlive_signals(_):
+    """A SIGTERM or Ctrl-C to the whole process group must not take the workers before the training has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ======== the toy world ========
@@ -809,7 +813,7 @@ def write_manifest(folder, out):
             hours[row.language or "(no language)"] += row.num_samples / SAMPLE_RATE / 3600
     os.replace(f"{out}.tmp", out)
     for language, amount in sorted(hours.items()):
-        print(f"{language:20} {amount:10.3f} h")
+        print(f"{language:20} {amount:10.3f} h" if amount >= 1 else f"{language:20} {60 * amount:10.1f} min")
     for name, why in left_out:
         print(f"left out: {name}: {why}")
     print(f"{out}: {len(rows)} recordings, {sum(hours.values()):.3f} h; {len(left_out)} left out")

@@ -1219,6 +1219,7 @@ def compare(args):
             name = Path(o["init"]).name.rstrip("0123456789") + (f", {o['method']}" if o["method"] != "full" else "")
             seconds = data.parse_seconds(o["budget"]) if o["budget"] else math.inf
             amounts[seconds] = o["budget"] or "all"
+            require(Path(run, "abx_after.json").exists(), f"{run}: no ABX there: adapt with --items")
             for file, amount in (("abx_before.json", 0), ("abx_after.json", seconds)):
                 records |= {(name, r["layer"], amount, o["seed"], o["items"] or o["language"], r["error"])
                             for r in json.loads(Path(run, file).read_text()) if r["speaker"] == "across"}

@@ -40,7 +40,7 @@ from model import Config, InputError, SpidR, all_sum, require
 class Options:
     """The papers' numbers. A comment is also the option's help."""
 
-    preset: str = ""  # base or tiny; base with a manifest, tiny without
+    preset: str = ""  # base or tiny; the one of --init's size; without, base with a manifest or audio, tiny without
     manifest: str = ""  # CSV, TSV or folder of audio; without one: the toy world and the tiny preset
     alignments: str = ""  # phone alignments: turns on interleaved supervision
     valid: str = ""  # a manifest to report the loss on
@@ -90,7 +90,8 @@ PRESETS = {
 }
 SCHEDULE = ("warmup_steps", "hold_steps", "decay_steps", "freeze_step")
 # What a resumed run may change: what is computed stays the same, but for rounding and the draws of dropout.
-FREE = "out device compile loaders log_every save_every keep_every restart benchmark accumulate".split()
+FREE = ("out device compile loaders log_every save_every keep_every restart benchmark accumulate items "
+        "items_audio").split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,7 +121,9 @@ def parse_options(options, presets, config=None, argv=None, without=""):
                                help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"),
                                **how.get(field.type, dict(type=field.type)))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    preset = given.setdefault("preset", "base" if given.get("manifest") or given.get("audio") else "tiny")
+    given = {name: value.rstrip("/") or value if isinstance(value, str) else value for name, value in given.items()}
+    own = "base" if given.get("manifest") or given.get("audio") else "tiny"
+    preset = given.setdefault("preset", preset_of(given.get("init", getattr(options, "init", ""))) or own)
     require(preset in presets, f"--preset {preset}: one of {', '.join(presets)}")
     names = [field.name for field in fields(options)]
     chosen = replace(options(), **presets[preset])
@@ -130,6 +133,14 @@ def parse_options(options, presets, config=None, argv=None, without=""):
     if config:
         config = config(**spidr.PRESETS[preset] | {name: value for name, value in given.items() if name not in names})
     return options, config
+
+
+def preset_of(init):
+    """The preset that has the network of a run or checkpoint, if one has: its numbers are made for that size."""
+    found = [path for path in (Path(init, "config.json"), Path(init).parent / "config.json") if init and path.is_file()]
+    sizes = {(c.dim, c.layers): name for name in spidr.PRESETS for c in [Config(**spidr.PRESETS[name])]}
+    config = spidr.read_config(found[0]) if found else None
+    return config and sizes.get((config.dim, config.layers))
 
 
 def check_options(o, config):
@@ -220,8 +231,7 @@ def open_run(o, config, model, place):
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{out}/config.json is damaged: {advice}") from None
         differs = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v and k not in FREE]
-        require(not differs,
-                f"{out} holds a run with other options: {'; '.join(differs)}. Give another --out, or --restart")
+        require(not differs, f"{out} holds a run with other options: {advice}. {'; '.join(differs)}")
         if (out / "last.pt").exists():
             checkpoint = spidr.read_checkpoint(out / "last.pt")[1]
             require({"step", "log"} <= set(checkpoint), f"{out}/last.pt is no checkpoint to resume from")
@@ -323,6 +333,8 @@ class Log:
         if place.first:  # what a killed run logged after its last checkpoint comes again
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             write_text(self.path, "".join(f"{line}\n" for line in lines if step_of(line) <= step))
+            print(f"{o.out}: {o.preset}, {o.steps} steps on {place.world} x {place.device}"
+                  + f", resumed at step {step}" * bool(step), flush=True)
         self.bar = tqdm(total=o.steps, initial=step, unit="step", disable=None if place.first else True)
 
     def batch(self, batch):
@@ -402,7 +414,7 @@ def finished(o, place):
 
 
 def stopped(log, step):
-    """After SIGTERM."""
+    """After SIGTERM or Ctrl-C."""
     log.bar.close()
     if log.place.first:
         print(f"stopped at step {step}; the same command resumes there")
@@ -410,13 +422,16 @@ def stopped(log, step):
 
 
 class Stop:
-    """SIGTERM: the ranks agree on a step, save and leave."""
+    """SIGTERM or Ctrl-C: the ranks agree on a step, save and leave. A second Ctrl-C leaves at once."""
 
     def __init__(self, place):
         self.place, self.asked = place, False
         signal.signal(signal.SIGTERM, self.ask)
+        signal.signal(signal.SIGINT, self.ask)
 
-    def ask(self, *_):
+    def ask(self, number, _):
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.asked = True
 
     def agreed(self, step):
