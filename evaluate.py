@@ -32,7 +32,7 @@ import os
 import pickle
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
@@ -1212,37 +1212,31 @@ def plot(title, lines, left, colours, ticks=None):
 
 def compare(args):
     """Adapted runs by what they started from: ABX across speakers, mean over languages, mean and spread over seeds."""
-    records, amounts = set(), {0: "none"}  # (name, layer, seconds of audio, seed, language, error); {seconds: as given}
+    nest = lambda: defaultdict(nest)
+    errors, amounts = nest(), {0: "none"}  # [name][layer][seconds of audio][seed][language]; {seconds: as given}
     for run in args.runs:
+        require(Path(run, "abx_after.json").exists(), f"{run}: no ABX there: adapt.py with --items writes it")
         try:
             o = json.loads(Path(run, "config.json").read_text())["options"]
             name = Path(o["init"]).name.rstrip("0123456789") + (f", {o['method']}" if o["method"] != "full" else "")
             seconds = data.parse_seconds(o["budget"]) if o["budget"] else math.inf
             amounts[seconds] = o["budget"] or "all"
-            require(Path(run, "abx_after.json").exists(), f"{run}: no ABX there: adapt with --items")
             for file, amount in (("abx_before.json", 0), ("abx_after.json", seconds)):
-                records |= {(name, r["layer"], amount, o["seed"], o["items"] or o["language"], r["error"])
-                            for r in json.loads(Path(run, file).read_text()) if r["speaker"] == "across"}
+                for r in json.loads(Path(run, file).read_text()):
+                    if r["speaker"] == "across":
+                        errors[name][r["layer"]][amount][o["seed"]][o["items"] or o["language"]] = r["error"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{run}: not an adapted run: {error}") from None
 
-    def errors(name, layer, amount):
-        by_seed = {}
-        for *which, seed, _, error in records:
-            if which == [name, layer, amount]:
-                by_seed.setdefault(seed, []).append(error)
-        return [np.mean(of_languages) for of_languages in by_seed.values()]
-
     lines, amounts = {}, dict(sorted(amounts.items()))
-    columns = "".join(f"{text:>14}" for text in amounts.values())
-    print(f"{'adapted from':24} {'layer':>5}{columns}   ABX across, %")
-    for name in sorted({record[0] for record in records}):
-        layers, there = ({record[i] for record in records if record[0] == name} for i in (1, 2))
-        layer = min(layers, key=lambda layer: sum(np.mean(errors(name, layer, amount)) for amount in there - {0}))
-        found = [(i, errors(name, layer, amount)) for i, amount in enumerate(amounts) if amount in there]
-        lines[name] = [(i, np.mean(x)) for i, x in found]
-        shown = {i: f"{np.mean(x):.2f} ±{np.std(x):5.2f}" for i, x in found}
-        print(f"{name:24} {layer:>5}" + "".join(f"{shown.get(i, ''):>14}" for i in range(len(amounts))))
+    print(f"{'adapted from':24} {'layer':>5}" + "".join(f"{text:>14}" for text in amounts.values()) + "   ABX across, %")
+    for name, layers in sorted(errors.items()):
+        means = {layer: {amount: [np.mean(list(languages.values())) for languages in seeds.values()]
+                         for amount, seeds in by_amount.items()} for layer, by_amount in layers.items()}
+        layer = min(means, key=lambda layer: sum(np.mean(x) for amount, x in means[layer].items() if amount))
+        lines[name] = [(i, np.mean(means[layer][a])) for i, a in enumerate(amounts) if a in means[layer]]
+        shown = [f"{np.mean(x):.2f} ±{np.std(x):5.2f}" if x else "" for x in map(means[layer].get, amounts)]
+        print(f"{name:24} {layer:>5}" + "".join(f"{text:>14}" for text in shown))
     if args.out:
         write_svg(args.out, [("ABX across, %, by audio to adapt to", lines)], dict(enumerate(amounts.values())))
 

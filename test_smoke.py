@@ -1187,7 +1187,7 @@ def test_adapted_runs_are_compared(tmp_path, cli):
     assert code == 0 and re.search(r"plain, lora +1 +23.00 ± 4.00 +17.00 ± 4.00", out), out + err
     assert Path("picture.svg").read_text().count("<polyline") == 1
     code, _, err = cli(evaluate, "compare", tmp_path)
-    assert code == 2 and "config.json" in err
+    assert code == 2 and "no ABX there" in err
 
 
 def test_the_readme_names_what_is_there():
