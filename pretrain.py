@@ -81,7 +81,7 @@ class Options:
 
 # tiny departs from the papers in numbers only, so that minutes show something: small steps (four crops of 8 s each) at
 # a higher rate, shorter spans, and a supervised step in three instead of ten, on layer 3 of 4. (With half the batch
-# few codewords live: target_ppl 14 instead of 21; with crops of 5 s the codebooks collapse without labels.)
+# few codewords live: target_ppl 14 instead of 21.)
 PRESETS = {
     "base": {},
     "tiny": dict(steps=1200, lr=1.5e-3, lr_floor=0.05, warmup_steps=120, hold_steps=480, decay_steps=600,
@@ -136,11 +136,13 @@ def parse_options(options, presets, config=None, argv=None, without=""):
 
 
 def preset_of(init):
-    """The preset that has the network of a run or checkpoint, if one has: its numbers are made for that size."""
-    found = [path for path in (Path(init, "config.json"), Path(init).parent / "config.json") if init and path.is_file()]
-    sizes = {(c.dim, c.layers): name for name in spidr.PRESETS for c in [Config(**spidr.PRESETS[name])]}
-    config = spidr.read_config(found[0]) if found else None
-    return config and sizes.get((config.dim, config.layers))
+    """The preset whose network a run or checkpoint has, if one has: its numbers are made for that size."""
+    for path in (Path(init, "config.json"), Path(init).parent / "config.json"):
+        if init and path.is_file():
+            config = spidr.read_config(path)
+            sizes = {name: Config(**changes) for name, changes in spidr.PRESETS.items()}
+            return next((n for n, c in sizes.items() if (c.dim, c.layers) == (config.dim, config.layers)), None)
+    return None
 
 
 def check_options(o, config):

@@ -810,6 +810,14 @@ def test_low_rank_adapters():
     assert trained(method="dama", rank_max=32, rank_min=1, basis="middle") == ranks * B + (ranks - 4) * A
 
 
+def test_the_preset_is_the_one_of_the_init_s_size(tmp_path):
+    for name, changes in spidr.PRESETS.items():
+        (tmp_path / "config.json").write_text(json.dumps(dict(model=spidr.released_config(Config(**changes)))))
+        for init in tmp_path, tmp_path / "last.pt":
+            o, _ = pretrain.parse_options(adapt.Options, adapt.PRESETS, argv=["--init", str(init), "--audio", "mine/"])
+            assert o.preset == name and o.audio == "mine"
+
+
 def test_budgets():
     rows = some_rows([160_000] * 100)
     few = adapt.subset(rows, 95, seed=1)
