@@ -250,6 +250,8 @@ def main():
     if place.first:
         summary(o, log, rows, change_table(model, before))
     score(o, place, "after", o.out)
+    if place.first:
+        print(f"next: python evaluate.py units --model {o.out} --audio {o.audio or 'FOLDER'} --out units.jsonl")
 
 
 def score(o, place, when, run):
@@ -271,7 +273,6 @@ def summary(o, log, rows, table):
     print(f"{o.out}: {o.method} adaptation to {len(rows)} recordings, {60 * hours:.1f} min, in {o.steps} steps, "
           f"{log.state['seconds'] / 60:.1f} min; {log.state['skipped']} steps skipped")
     print(*table, sep="\n")
-    print(f"next: python evaluate.py units --model {o.out} --audio {o.audio or 'FOLDER'} --out units.jsonl")
 
 
 if __name__ == "__main__":
