@@ -385,6 +385,7 @@ class Log:
     def write(self, record):
         if not self.place.first:
             return
+        # JSON knows neither NaN nor infinity.
         record = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in record.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
