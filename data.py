@@ -317,6 +317,8 @@ def make_mask(batch, frames, rng, prob=0.8, span=10):
     return mask
 
 
+# Randomness for one purpose has its own number after the seed: 0 unlabelled batches, 1 labelled ones, 2 validation;
+# in meta-training 4 chunks, 5 their order, 6 and 7 an episode's batches; 8 forgetting; 9 the budget of adapt.py.
 class Batches:
     """Micro-batch i of a run, for any i: a map from a number to audio, masks and, with `classes`, phones.
 
@@ -329,7 +331,7 @@ class Batches:
     def __init__(self, rows, config, options, group=1, classes=None, stream=(0,)):
         self.rows, self.config, self.classes, self.group = rows, config, classes, group
         self.seed, self.budget, self.max_samples = (options.seed, *stream), options.batch_samples, options.max_samples
-        self.mask, self.round = (options.mask_prob, options.mask_span), options.crop_multiple
+        self.mask_shape, self.multiple = (options.mask_prob, options.mask_span), options.crop_multiple
         require(self.budget >= self.max_samples,
                 f"batch_samples {self.budget} is less than a crop of {self.max_samples}")
         self.lengths = np.minimum([row.num_samples for row in rows], self.max_samples)
@@ -370,7 +372,7 @@ class Batches:
         epoch, at = divmod(i, self.per_epoch)
         index = self.order(epoch)[at]
         shortest = int(self.lengths[index].min())
-        crop = max(shortest // self.round * self.round, min(shortest, self.round))
+        crop = max(shortest // self.multiple * self.multiple, min(shortest, self.multiple))
         wavs, phones, bad = [], [], []
         frames = num_frames(crop, self.config)
         for j in index:
@@ -383,7 +385,7 @@ class Batches:
                 continue
             if self.classes is not None:
                 phones.append(phones_of_crop(self.classes[row.fileid], start, frames))
-        mask = make_mask(len(wavs), frames, np.random.default_rng([*self.seed, epoch, at, 2]), *self.mask)
+        mask = make_mask(len(wavs), frames, np.random.default_rng([*self.seed, epoch, at, 2]), *self.mask_shape)
         if not wavs:  # all bad: the ranks still have to meet, so silence of which nothing is masked or labelled
             wavs, mask, phones = [torch.zeros(crop)], np.zeros((1, frames), dtype=bool), [np.full(frames, IGNORED)]
         batch = {"wav": torch.stack(wavs), "mask": torch.from_numpy(mask), "bad": bad}
@@ -468,7 +470,7 @@ def gestures():
 GESTURES = gestures()
 
 
-def stream(*key):
+def chance(*key):
     """Random numbers for one purpose, so that nothing depends on the order of the work."""
     return np.random.default_rng([zlib.crc32(str(part).encode()) for part in key])
 
@@ -572,7 +574,7 @@ def record(clean, room, rng):
 def write_wav(job):
     """One file; its parts have their own random numbers, so a part is the same in any company."""
     path, parts, voice, room = job
-    waves = [record(speak(tokens, voice, stream(*key)), room, stream(*key, "room"))
+    waves = [record(speak(tokens, voice, chance(*key)), room, chance(*key, "room"))
              for tokens, key in parts]
     soundfile.write(path, np.concatenate(waves).astype(np.float32), 16000, subtype="PCM_16")
 
@@ -580,7 +582,7 @@ def write_wav(job):
 def make_language(seed, name):
     """Accent, words (tuples of phones) and their classes; nouns and verbs belong to 4 topics."""
     phones, *accent = LANGUAGES[name]
-    rng, words = stream(seed, "language", name), set()
+    rng, words = chance(seed, "language", name), set()
     vowels = [phone for phone in phones.split() if phone in VOWELS]
     consonants = [phone for phone in phones.split() if phone not in VOWELS]
 
@@ -620,17 +622,17 @@ def sentence(lang, rng, topic, genders=None):
 
 def corpus(seed, lang, split, minutes, speakers, seconds):
     """Utterances, each a few sentences on a topic, in turn by each speaker, until it is enough."""
-    voices = [make_voice(stream(seed, "voice", lang["name"], split, s), lang)
+    voices = [make_voice(chance(seed, "voice", lang["name"], split, s), lang)
               for s in range(speakers)]
     utterances, total = [], 0
     while total < 6000 * minutes or len(utterances) < 2:
         i = len(utterances)
         fileid = f"{lang['name']}-{split}-{i % speakers}-{i:04d}"
-        rng, story, frames = stream(seed, fileid), [], 0
+        rng, story, frames = chance(seed, fileid), [], 0
         topic, enough = rng.integers(4), 100 * rng.uniform(*seconds)
         while frames < enough:
             story.append(sentence(lang, rng, topic))
-            tokens = pronounce(story, voices[i % speakers], stream(seed, fileid, "timing"))
+            tokens = pronounce(story, voices[i % speakers], chance(seed, fileid, "timing"))
             frames = sum(frames for _, frames in tokens)
         utterances.append({"fileid": fileid, "language": lang["name"], "speaker": fileid[:-5],
                            "num_samples": 160 * frames, "tokens": tokens, "story": story,
@@ -691,7 +693,7 @@ def lexical_pairs(lang, rng, count):
 
 def write_pairs(root, seed, lang, voices, count, frequency):
     """Word against non-word, and sentence against the same words out of order, by each voice."""
-    rng, jobs, rows = stream(seed, "pairs"), [], {"lexical": [], "syntactic": []}
+    rng, jobs, rows = chance(seed, "pairs"), [], {"lexical": [], "syntactic": []}
     pairs = [("lexical", [word], [new], "", "") for word, new in lexical_pairs(lang, rng, count)]
     for i in range(count):  # who goes with whom, or what follows what
         right = sentence(lang, rng, rng.integers(4), [(0, 1), (1, 0)][i // 3 % 2])
@@ -702,9 +704,9 @@ def write_pairs(root, seed, lang, voices, count, frequency):
     for i, (task, right, wrong, kind, subtype) in enumerate(pairs):
         for (v, voice), (correct, words) in product(enumerate(voices), ((1, right), (0, wrong))):
             name, key = f"{task}_{i % count:04d}_{v}_{correct}", (seed, task, i, v)
-            tokens = pronounce([words], voice, stream(*key, "timing"))  # a pair shares its chance
+            tokens = pronounce([words], voice, chance(*key, "timing"))  # a pair shares its chance
             jobs.append((root / task / "dev" / f"{name}.wav", [(tokens, key)], voice,
-                         make_room(stream(*key, "room"), lang)))
+                         make_room(chance(*key, "room"), lang)))
             phones, text = sum(words, ()), " ".join("".join(word) for word in words)
             rows[task].append({
                 "id": i % count, "filename": name, "voice": f"voice{v}", "correct": correct,
@@ -721,7 +723,7 @@ def story_pairs(root, seed, lang, voices, count):
     """Two stories that exchange their endings: only the topic says which belongs to which."""
     jobs = []
     for i in range(0, count, 2):
-        rng, voice = stream(seed, "tsc", i), voices[i // 2 % len(voices)]
+        rng, voice = chance(seed, "tsc", i), voices[i // 2 % len(voices)]
         room, starts, ends = make_room(rng, lang), [], []
         for topic in rng.choice(4, 2, replace=False):
             for parts, length in (starts, 3), (ends, 1):
@@ -746,7 +748,7 @@ def write_world(root, seed, scale, processes):
         rows = [corpus(seed, lm if split == "lm" else langs[name], split, scale * minutes, *how) for name in names]
         jobs += write_corpus(root, root / table, split, sum(rows, []))
     frequency = Counter(word for row in rows[0] for words in row["story"] for word in words)
-    voices = [make_voice(stream(seed, "voice", "pairs", v), lm) for v in range(3)]
+    voices = [make_voice(chance(seed, "voice", "pairs", v), lm) for v in range(3)]
     count = max(4, 2 * round(30 * scale))
     jobs += write_pairs(root / "lm", seed, lm, voices, count, frequency)
     jobs += story_pairs(root / "lm", seed, lm, voices, count)

@@ -1229,7 +1229,8 @@ def compare(args):
             raise InputError(f"{run}: not an adapted run: {error}") from None
 
     lines, amounts = {}, dict(sorted(amounts.items()))
-    print(f"{'adapted from':24} {'layer':>5}" + "".join(f"{text:>14}" for text in amounts.values()) + "   ABX across, %")
+    columns = "".join(f"{text:>14}" for text in amounts.values())
+    print(f"{'adapted from':24} {'layer':>5}{columns}   ABX across, %")
     for name, layers in sorted(errors.items()):
         means = {layer: {amount: [np.mean(list(languages.values())) for languages in seeds.values()]
                          for amount, seeds in by_amount.items()} for layer, by_amount in layers.items()}

@@ -426,7 +426,7 @@ class SpidR(nn.Module):
         labels = self.assign(targets)  # [K, M]
         log_probs = torch.stack([head(x) for head, x in zip(self.heads, z)]).log_softmax(-1)  # [K, M, V]
         losses = -log_probs.gather(-1, labels[..., None])[..., 0]  # [K, M]
-        metrics = self.account(losses.detach(), log_probs.detach(), labels, targets, commit)
+        metrics = self.finish_step(losses.detach(), log_probs.detach(), labels, targets, commit)
         return losses.sum() / max(1, losses.numel()), metrics  # a batch may be without a single masked frame
 
     def masked_frames(self, wav, mask, lengths=None):
@@ -449,8 +449,8 @@ class SpidR(nn.Module):
             return distance.argmin(-1)
 
     @torch.no_grad()
-    def account(self, losses, log_probs, labels, targets, commit):
-        """Sums over the step's micro-batches and ranks; from them the codebook update and the metrics."""
+    def finish_step(self, losses, log_probs, labels, targets, commit):
+        """Sums over the step's micro-batches and ranks; with the last (commit) codebooks move and metrics come out."""
         (K, M), V, D = labels.shape, self.config.codewords, self.config.dim
         slot = (labels + V * torch.arange(K, device=labels.device)[:, None]).flatten()  # k V + v
         one_hot_sum = torch.zeros(K * V, device=slot.device).index_add_(0, slot, torch.ones(K * M, device=slot.device))

@@ -438,7 +438,8 @@ def test_killed_and_restarted_gives_the_same_bits(toy, reference_run, tmp_path, 
     command = [HERE / "pretrain.py", *SMALL, "--toy", toy, "--out", "run", "--loaders", loaders]
     last = tmp_path / "run" / "last.pt"
     written = lambda: last.stat().st_mtime_ns if last.exists() else None
-    for blow in (signal.SIGINT if loaders else signal.SIGTERM, signal.SIGKILL):  # to the process and all of its loaders, after another checkpoint
+    # To the process and all of its loaders, after another checkpoint.
+    for blow in (signal.SIGINT if loaders else signal.SIGTERM, signal.SIGKILL):
         before, process = written(), start(*command, cwd=tmp_path)
         while process.poll() is None and written() == before:
             time.sleep(0.02)
