@@ -72,7 +72,7 @@ PRESETS = {
 }
 
 
-UNUSED = "steps valid compile benchmark freeze_step keep_every"
+UNUSED = "steps valid benchmark freeze_step keep_every"
 
 
 def check_options(o):
@@ -280,6 +280,7 @@ def main():
     place = setup(o)
     torch.manual_seed(o.seed)
     model, inventory = initial_model(o, place)
+    pretrain.compile_parts(model, o)
     workers, team, model.group = lay_out(o, place)
     length = o.inner_steps + o.outer_steps
     o.steps = o.updates * len(workers) * length  # of this process

@@ -532,6 +532,11 @@ def initial_model(o, config, place):
     return model.to(place.device), inventory
 
 
+def compile_parts(model, o):
+    for part in (model.feature_extractor, model.student, model.teacher) if o.compile else ():
+        part.compile()
+
+
 def main():
     # ---- options, setup
     o, config = parse_options(Options, PRESETS, Config)
@@ -540,9 +545,7 @@ def main():
     torch.manual_seed(o.seed)
     model, inventory = initial_model(o, config, place)
     config = model.config
-    if o.compile:
-        for part in model.feature_extractor, model.student, model.teacher:
-            part.compile()
+    compile_parts(model, o)
     if o.benchmark:
         return benchmark(o, config, model, place)
 
