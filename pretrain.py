@@ -115,15 +115,17 @@ def parse_options(options, presets, config=None, argv=None, without=""):
         group, helps = parser.add_argument_group(kind.__name__), {}
         for cls in reversed(kind.__mro__[:-1]):  # what a later class says of an option wins
             helps |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M)
-        for field in (field for field in fields(kind) if field.name not in without.split()):
+        for field in fields(kind):
+            if field.name in without.split():
+                continue
             how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=json_list)}
             group.add_argument("--" + field.name.replace("_", "-"), default=None,
                                help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"),
                                **how.get(field.type, dict(type=field.type)))
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     given = {name: value.rstrip("/") or value if isinstance(value, str) else value for name, value in given.items()}
-    own = "base" if given.get("manifest") or given.get("audio") else "tiny"
-    preset = given.setdefault("preset", preset_of(given.get("init", getattr(options, "init", ""))) or own)
+    without_init = "base" if given.get("manifest") or given.get("audio") else "tiny"
+    preset = given.setdefault("preset", preset_of(given.get("init", getattr(options, "init", ""))) or without_init)
     require(preset in presets, f"--preset {preset}: one of {', '.join(presets)}")
     names = [field.name for field in fields(options)]
     chosen = replace(options(), **presets[preset])
@@ -533,8 +535,9 @@ def initial_model(o, config, place):
 
 
 def compile_parts(model, o):
-    for part in (model.feature_extractor, model.student, model.teacher) if o.compile else ():
-        part.compile()
+    if o.compile:
+        for part in model.feature_extractor, model.student, model.teacher:
+            part.compile()
 
 
 def main():
