@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 
 import adapt
 import data
@@ -238,6 +239,17 @@ def test_schedules():
         before = {k: v.clone() for k, v in model.teacher.state_dict().items()}
         assert model.update_teacher(200_000) == 1
         same(before, model.teacher.state_dict())
+
+
+@pytest.mark.parametrize("kernel", [3, 2])
+def test_a_wide_convolution_is_the_same_as_a_matrix_product(kernel):
+    torch.manual_seed(0)
+    layer, x = spidr.ConvLayer(256, 256, kernel, 2, "layer_norm", False), torch.randn(2, 256, 40, requires_grad=True)
+    product, plain = layer(x), F.gelu(F.layer_norm(layer.conv(x).mT, (256,)).mT)
+    gradient, inputs = torch.randn_like(plain), (x, layer.conv.weight)
+    for a, b in zip((product, *torch.autograd.grad(product, inputs, gradient)),
+                    (plain, *torch.autograd.grad(plain, inputs, gradient))):
+        assert (a - b).norm() < 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "group_norm"])
