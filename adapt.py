@@ -9,7 +9,6 @@ The downsampler, the projection and the teacher stand still; codebooks and heads
 """
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,8 +102,8 @@ def subset(rows, seconds, seed):
 def audio_rows(o, place):
     if not o.audio:
         pretrain.make_toy(o, place)
-        targets = json.loads((Path(o.toy) / "toy.json").read_text())["targets"]
-        require(o.language in targets, f"--language {o.language}: the toy world's new ones are {', '.join(targets)}")
+        require(o.language in data.TARGETS,
+                f"--language {o.language}: the toy world's new ones are {', '.join(data.TARGETS)}")
     path = o.audio or Path(o.toy) / "target" / f"{o.language}.csv"
     rows = data.check_audio(data.read_manifest(path), o.min_samples)
     return subset(rows, data.parse_seconds(o.budget), o.seed) if o.budget else rows
@@ -224,6 +223,7 @@ def main():
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, state = int(checkpoint["step"]), checkpoint["log"]
         if first >= o.steps:
+            score(o, place, "after", o.out)
             return finished(o, place)
     score(o, place, "before", o.init)
     log, stop = Log(o, place, first, state), Stop(place)

@@ -768,9 +768,7 @@ def toy(folder, seed=0, scale=1.0, processes=None):
     eval/LANG.item  lm/{lexical,syntactic}/dev/gold.csv  lm/tsc   tests in ZeroSpeech's layout
     """
     folder = Path(folder)
-    about = json.dumps({"version": TOY_VERSION, "seed": seed, "scale": scale,
-                        "sources": SOURCES, "targets": TARGETS, "eval_sources": EVAL_SOURCES,
-                        "lm_language": LM_LANGUAGE})
+    about = json.dumps({"version": TOY_VERSION, "seed": seed, "scale": scale})
     done = folder / "toy.json"
     if done.exists() and done.read_text() == about:
         return folder
@@ -786,6 +784,16 @@ def toy(folder, seed=0, scale=1.0, processes=None):
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder
+
+
+def check_toy(folder):
+    """That there is a toy world, and one of this code."""
+    try:
+        version = json.loads(Path(folder, "toy.json").read_text())["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        version = None
+    require(version == TOY_VERSION, f"{folder} holds no toy world of this version of the code: name another --toy, or "
+            "remove it")
 
 
 # ======== the commands ========

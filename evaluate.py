@@ -50,7 +50,7 @@ import data
 import model as spidr
 from model import InputError, all_sum, num_frames, require, run
 from pretrain import (Log, Parser, Stop, autocast, finished, lr_at, make_optimizer, open_run, parse_options,
-                      save_checkpoint, seed_step, setup, stopped, update)
+                      save_checkpoint, seed_step, setup, step_of, stopped, update)
 
 RATE, HOP, FIELD = 50, 320, 400  # frames a second; samples from one frame to the next, and under one frame
 BASELINES = ("mfcc", "wav2vec2_base", "hubert_base", "wavlm_base")
@@ -1102,9 +1102,8 @@ def print_toy_abx(toy, runs):
         encoders = {"mfcc": load_encoder("mfcc")} | encoders
     except InputError as error:
         print(error)
-    world = json.loads((Path(toy) / "toy.json").read_text())
-    records = toy_abx(encoders, Path(toy), world["targets"] + world["eval_sources"][:1])
-    print_abx(records, world["targets"])
+    records = toy_abx(encoders, Path(toy), data.TARGETS + data.EVAL_SOURCES[:1])
+    print_abx(records, data.TARGETS)
     return encoders, records
 
 
@@ -1129,11 +1128,11 @@ def report(out="runs"):
     began, runs = time.time(), newest_runs(out)
     path, options = next(iter(runs.values()))
     toy = Path(options["toy"])
-    world = json.loads((toy / "toy.json").read_text())
+    data.check_toy(toy)
     encoders, records = print_toy_abx(toy, {f"{stage}: {path}": path for stage, (path, _) in runs.items()})
 
-    language, name = world["lm_language"], f"{next(iter(runs))}: {path}"
-    first, errors = encoders[name], by_layer(records, world["targets"])[name]
+    language, name = data.LM_LANGUAGE, f"{next(iter(runs))}: {path}"
+    first, errors = encoders[name], by_layer(records, data.TARGETS)[name]
     layer = min(range(first.layers - first.codebooks + 1, first.layers + 1), key=errors.get)  # the best one for units
     print(f"\nunits of layer {layer}, {language}")
     qualities = {}
@@ -1151,9 +1150,9 @@ def report(out="runs"):
         print()
         folder = toy / "lm" / TASKS[task][0]
         pairs[task] = run_pairs(parse([task, "--lm", str(lm), "--model", str(path), "--data", str(folder)]))
-    curves = {f"{stage}: {path}": [json.loads(line) for line in open(path / "metrics.jsonl")]
+    curves = {f"{stage}: {path}": [json.loads(x) for x in open(path / "metrics.jsonl") if step_of(x) < math.inf]
               for stage, (path, _) in runs.items()}
-    draw(Path(out) / "report.svg", records, world["targets"], curves)
+    draw(Path(out) / "report.svg", records, data.TARGETS, curves)
     Path(out, "report.json").write_text(json.dumps(dict(abx=records, quality=qualities, pairs=pairs), indent=1) + "\n")
     print(f"\n{out}/report.json, {out}/report.svg; {time.time() - began:.0f} s")
 

@@ -273,13 +273,11 @@ def seed_step(*numbers):
 
 
 def make_toy(o, place):
-    about = Path(o.toy) / "toy.json"
-    if place.first and not about.exists():
+    if place.first and not Path(o.toy, "toy.json").exists():
         print(f"making the toy world in {o.toy}", flush=True)
         data.toy(o.toy)
     barrier()
-    require(json.loads(about.read_text()).get("version") == data.TOY_VERSION,
-            f"{o.toy} holds the toy world of another version of this code: name another --toy, or remove it")
+    data.check_toy(o.toy)
 
 
 def read_data(o, place, inventory=None):
@@ -526,7 +524,8 @@ def initial_model(o, config, place):
     """A new network or that of --init, and its phone inventories."""
     if not o.init:
         return SpidR(config).to(place.device), {}
-    changes = {name: getattr(config, name) for name in ("codebook_decay", "ema_start", "ema_timescale", "layer_drop")}
+    training = "codebook_decay ema_start ema_timescale ema_threshold layer_drop".split()
+    changes = {name: getattr(config, name) for name in training}
     require(config == Config(**spidr.PRESETS[o.preset] | changes),
             f"--init brings its own network: of Config only {', '.join(changes)}")
     model, inventory = spidr.load_init(o.init, **changes)

@@ -529,6 +529,8 @@ def test_other_mistakes_are_one_line(cli, toy, tmp_path, reference_run):
         (tmp_path / f"{name}.csv").write_text(f"{header}\n{line}\n")
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "toy.json").write_text('{"version"')
     (tmp_path / "orphan").mkdir()
     (tmp_path / "orphan" / "last.pt").write_text("")
     cut = tmp_path / "cut"
@@ -553,6 +555,7 @@ def test_other_mistakes_are_one_line(cli, toy, tmp_path, reference_run):
         (["--betas", "0.9"], "--betas"),
         (["--conv-layers", "[5]"], "conv_layers: a list"),
         (["--alignments", "to.csv"], "language 'to'"),
+        (["--toy", "old"], "old holds no toy world of this version"),
         (["--out", "orphan"], "orphan holds last.pt but no config.json"),
     ):
         refused(cli(pretrain, *SMALL, "--toy", toy, *args), message)
@@ -785,6 +788,8 @@ def test_adaptation(cli, toy, meta_run):
             patch.setattr(adapt, "train_step", ended_by_a_signal)
             assert cli(*pieces)[0] == 143
         assert cli(*pieces)[0] == 0
+        Path(f"{method}2", "abx_after.json").unlink()  # killed while scoring
+        assert "nothing to do" in cli(*pieces)[1] and Path(f"{method}2", "abx_after.json").exists()
         same(weights(method), weights(f"{method}2"))
 
 
