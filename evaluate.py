@@ -1210,22 +1210,29 @@ def plot(title, lines, left, colours, ticks=None):
 
 
 def compare(args):
-    """Adapted runs by what they started from: ABX across speakers, mean over languages, mean and spread over seeds."""
+    """Adapted runs by what they started from: ABX across speakers, mean over languages, mean and spread over seeds.
+    NAME<seed>-<language>.json, as `abx --out` writes it, stands for a model that is not adapted: a level line."""
     nest = lambda: defaultdict(nest)
     errors, amounts = nest(), {0: "none"}  # [name][layer][seconds of audio][seed][language]; {seconds: as given}
-    for run in args.runs:
-        require(Path(run, "abx_after.json").exists(), f"{run}: no ABX there: adapt.py with --items writes it")
+    for run in sorted(map(Path, args.runs), key=lambda run: run.suffix == ".json"):
+        require(run.suffix == ".json" or (run / "abx_after.json").exists(),
+                f"{run}: no ABX there: adapt.py with --items writes it")
         try:
-            o = json.loads(Path(run, "config.json").read_text())["options"]
+            if run.suffix == ".json":
+                name, language = run.stem.split("-")
+                o, files = dict(init=name, method="full", seed=name, items=language), dict.fromkeys(amounts, run)
+            else:
+                o = json.loads((run / "config.json").read_text())["options"]
+                seconds = data.parse_seconds(o["budget"]) if o["budget"] else math.inf
+                amounts[seconds] = o["budget"] or "all"
+                files = {0: run / "abx_before.json", seconds: run / "abx_after.json"}
             name = Path(o["init"]).name.rstrip("0123456789") + (f", {o['method']}" if o["method"] != "full" else "")
-            seconds = data.parse_seconds(o["budget"]) if o["budget"] else math.inf
-            amounts[seconds] = o["budget"] or "all"
-            for file, amount in (("abx_before.json", 0), ("abx_after.json", seconds)):
-                for r in json.loads(Path(run, file).read_text()):
+            for amount, file in files.items():
+                for r in json.loads(file.read_text()):
                     if r["speaker"] == "across":
                         errors[name][r["layer"]][amount][o["seed"]][o["items"] or o["language"]] = r["error"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{run}: not an adapted run: {error}") from None
+            raise InputError(f"{run}: not an adapted run, nor NAME-LANGUAGE.json: {error}") from None
 
     lines, amounts = {}, dict(sorted(amounts.items()))
     columns = "".join(f"{text:>14}" for text in amounts.values())
@@ -1293,7 +1300,7 @@ def parse(arguments=None):
             "(tsc: ID_correct.wav, ID_incorrect.wav), or with such a dev/")
         add("--out", help="a folder: the scores as the challenge wants them, and a JSON file")
     add = verb("compare", compare, "adapted runs side by side: ABX before and after, by amount of audio")
-    add("runs", nargs="+", help="folders that adapt.py wrote, with ABX before and after")
+    add("runs", nargs="+", help="folders that adapt.py wrote, with ABX before and after; NAME-LANGUAGE.json of abx --out")
     add("--out", help="an SVG file")
     add = verb("quality", run_quality, "PNMI, purities, perplexity and bitrate of units")
     add("--units", required=True, help="as 'units' writes them")

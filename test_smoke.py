@@ -1209,9 +1209,10 @@ def test_adapted_runs_are_compared(tmp_path, cli):
             records = [dict(layer=layer, speaker=speaker, error=error + more + layer + 50 * (speaker == "within"))
                        for layer in (1, 2) for speaker in ("within", "across")]
             (run / f"abx_{when}.json").write_text(json.dumps(records))
-    code, out, err = cli(evaluate, "compare", *sorted(tmp_path.glob("[01]*")), "--out", "picture.svg")
+    (tmp_path / "oracle0-goxi.json").write_text(json.dumps([dict(layer=1, speaker="across", error=3.0)]))
+    code, out, err = cli(evaluate, "compare", *sorted(tmp_path.glob("[01o]*")), "--out", "picture.svg")
     assert code == 0 and re.search(r"plain, lora +1 +23.00 ± 4.00 +17.00 ± 4.00", out), out + err
-    assert Path("picture.svg").read_text().count("<polyline") == 1
+    assert re.search(r"oracle +1 +3.00", out) and Path("picture.svg").read_text().count("<polyline") == 2
     code, _, err = cli(evaluate, "compare", tmp_path)
     assert code == 2 and "no ABX there" in err
 
