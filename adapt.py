@@ -24,7 +24,7 @@ from meta_train import forget
 from model import require
 from pretrain import (
     Log, Stop, fetch, finished, lr_at, make_optimizer, open_run, parse_options, save_checkpoint, seed_step, setup,
-    stopped, train_step,
+    stopped, summary, train_step,
 )
 
 # ======== options ========
@@ -65,9 +65,6 @@ PRESETS = {
         steps=200, lr=5e-4, warmup_steps=20, hold_steps=10**9, freeze_step=0, supervised_every=0, supervised_layer=1,
         rank_max=16, save_every=50),
 }
-
-
-UNUSED = "manifest alignments valid compile benchmark freeze_step supervised_every supervised_layer"
 
 
 def check_options(o):
@@ -156,11 +153,6 @@ def add_adapters(model, o):
             parametrize.register_parametrization(linear, "weight", adapter)
 
 
-def adapters(model):
-    names = ("parametrizations.weight.0.A", "parametrizations.weight.0.B")
-    return {name: t for name, t in model.state_dict().items() if name.endswith(names)}
-
-
 @torch.no_grad()
 def merged(model):
     """The state of a plain SpidR: W0 + B A in the place of W0, B and A."""
@@ -169,12 +161,6 @@ def merged(model):
         if parametrize.is_parametrized(module):
             state[f"{name}.weight"] = module.weight.detach()
     return state
-
-
-def restore(model, checkpoint):
-    """W0 is the init's, A and B are the adapters, all else is in the merged state."""
-    state = {**checkpoint["model"], **checkpoint["adapters"]}
-    model.load_state_dict({name: state.get(name, t) for name, t in model.state_dict().items()})
 
 
 @torch.no_grad()
@@ -196,7 +182,8 @@ def change_table(model, before):
 
 def main():
     # ---- options, setup
-    o, _ = parse_options(Options, PRESETS, without=UNUSED)
+    unused = "manifest alignments valid compile benchmark freeze_step supervised_every supervised_layer"
+    o, _ = parse_options(Options, PRESETS, without=unused)
     check_options(o)
     place = setup(o)
     torch.manual_seed(o.seed)
@@ -219,7 +206,7 @@ def main():
     # ---- resume
     checkpoint, first, state = open_run(o, model.config, model, place), 0, None
     if checkpoint:
-        restore(model, checkpoint)
+        spidr.load_state(model, checkpoint["unmerged"], o.out)
         optimizer.load_state_dict(checkpoint["optimizer"])
         first, state = int(checkpoint["step"]), checkpoint["log"]
         if first >= o.steps:
@@ -243,12 +230,13 @@ def main():
         saving = done % o.save_every == 0 or o.keep_every and done % o.keep_every == 0 or done == o.steps or stopping
         log.step(done, metrics, due=saving, lr=lr)
         if saving:
-            more = dict(adapters=adapters(model), inventories=inventory)
+            more = dict(unmerged=model.state_dict(), inventories=inventory)  # what is in both is stored once
             save_checkpoint(o, place, merged(model), optimizer, done, log, **more)
         if stopping and done < o.steps:
             stopped(log, done)
     if place.first:
-        summary(o, log, rows, change_table(model, before))
+        summary(log, f"{o.method} adaptation to {seconds_of(rows) / 60:.1f} min, {o.steps} steps")
+        print(*change_table(model, before), sep="\n")
     score(o, place, "after", o.out)
     if place.first:
         print(f"next: python evaluate.py units --model {o.out} --audio {o.audio or 'FOLDER'} --out units.jsonl")
@@ -265,14 +253,6 @@ def score(o, place, when, run):
         print(f"ABX {when}:")
         evaluate.run_abx(evaluate.parse(["abx", "--model", str(run), "--items", items, "--audio", audio,
                                          "--out", str(out)]))
-
-
-def summary(o, log, rows, table):
-    log.bar.close()
-    hours = seconds_of(rows) / 3600
-    print(f"{o.out}: {o.method} adaptation to {len(rows)} recordings, {60 * hours:.1f} min, in {o.steps} steps, "
-          f"{log.state['seconds'] / 60:.1f} min; {log.state['skipped']} steps skipped")
-    print(*table, sep="\n")
 
 
 if __name__ == "__main__":

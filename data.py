@@ -137,9 +137,13 @@ def scan_folder(folder, minimum=2000):
 
 def inspect(path, minimum=0):
     """A file's length in samples at 16 kHz, and what is wrong with it, if anything: its end is read as well."""
+    if not Path(path).exists():
+        return 0, "no such file"
     try:
         with soundfile.SoundFile(path) as file:
-            length = samples_at_16k(file.frames, file.samplerate)
+            length = -(-file.frames * SAMPLE_RATE // file.samplerate)  # rounded up, as the resampler does
+            if file.samplerate != SAMPLE_RATE:
+                resampler(file.samplerate)  # if torchaudio does not load, that is said now
             if file.frames == 0:
                 return 0, "an empty recording"
             tail = min(file.frames, file.samplerate)
@@ -153,21 +157,9 @@ def inspect(path, minimum=0):
                 file.seek(0)
                 if np.ptp(file.read(dtype="float32")) == 0:
                     return length, "silent throughout"
-    except FileNotFoundError:
-        return 0, "no such file"
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        if not Path(path).exists():
-            return 0, "no such file"
-        return 0, f"not audio that can be read, or cut short ({one_line(error)})"
+        return 0, f"not audio that can be read, or cut short ({error})"
     return length, f"{length} samples at 16 kHz, under the minimum of {minimum}" if length < minimum else ""
-
-
-def one_line(error):
-    return " ".join(str(error).split()).removeprefix("Error opening ")
-
-
-def samples_at_16k(frames, rate):
-    return -(-frames * SAMPLE_RATE // rate)
 
 
 def parse_seconds(text):
@@ -209,7 +201,7 @@ def read_audio(path, start=0, samples=None):
             file.seek(min(first // new * old, file.frames))
             wav = torch.from_numpy(file.read(count, dtype="float32", always_2d=True).mean(1))
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise InputError(f"{path}: {one_line(error)}") from None
+        raise InputError(f"{path}: {error}") from None
     if rate != SAMPLE_RATE and len(wav):
         wav = resampler(rate)(wav)
     wav = wav[start - first :][:samples]
@@ -222,7 +214,7 @@ def resampler(rate):
     try:
         from torchaudio.transforms import Resample
     except (ImportError, OSError) as error:
-        raise InputError(f"audio at {rate} Hz needs torchaudio, which does not load here: {one_line(error)}") from None
+        raise InputError(f"audio at {rate} Hz needs torchaudio, which does not load here: {error}") from None
     return Resample(rate, SAMPLE_RATE)
 
 
@@ -332,8 +324,6 @@ class Batches:
         self.rows, self.config, self.classes, self.group = rows, config, classes, group
         self.seed, self.budget, self.max_samples = (options.seed, *stream), options.batch_samples, options.max_samples
         self.mask_shape, self.multiple = (options.mask_prob, options.mask_span), options.crop_multiple
-        require(self.budget >= self.max_samples,
-                f"batch_samples {self.budget} is less than a crop of {self.max_samples}")
         self.lengths = np.minimum([row.num_samples for row in rows], self.max_samples)
         languages = np.array([row.language if classes is not None else "" for row in rows])
         self.buckets = {name: self.make_buckets(np.flatnonzero(languages == name)) for name in sorted(set(languages))}
@@ -395,14 +385,8 @@ class Batches:
         return batch
 
 
-def loader(batches, numbers, workers, pin):
-    """The batches with the given numbers, in their order, fetched ahead by `workers` processes."""
-    return torch.utils.data.DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers, pin_memory=pin,
-                                       prefetch_factor=4 if workers else None, worker_init_fn=outlive_signals)
-
-
 def outlive_signals(_):
-    """A SIGTERM or Ctrl-C to the whole process group must not take the workers before the training has saved."""
+    """A SIGTERM or Ctrl-C to the whole process group must not take the loaders before the training has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -429,13 +413,11 @@ SOURCES, TARGETS = list(LANGUAGES)[:5], list(LANGUAGES)[5:]
 EVAL_SOURCES, LM_LANGUAGE = SOURCES[:2], SOURCES[0]
 
 # Resonances F1 F2 F3 of an adult male in Hz: F1 falls as the tongue rises, F2 as it moves back.
-VOWELS = {"i": (280, 2250, 3000), "I": (400, 1950, 2600), "e": (420, 2150, 2750),
-          "E": (570, 1800, 2550), "a": (760, 1350, 2500), "O": (590, 920, 2450),
-          "o": (430, 800, 2400), "u": (310, 760, 2300), "U": (430, 1080, 2300),
-          "@": (500, 1450, 2500), "y": (290, 1850, 2200), "oe": (420, 1580, 2250),
+VOWELS = {"i": (280, 2250, 3000), "I": (400, 1950, 2600), "e": (420, 2150, 2750), "E": (570, 1800, 2550),
+          "a": (760, 1350, 2500), "O": (590, 920, 2450), "o": (430, 800, 2400), "u": (310, 760, 2300),
+          "U": (430, 1080, 2300), "@": (500, 1450, 2500), "y": (290, 1850, 2200), "oe": (420, 1580, 2250),
           "ix": (330, 1400, 2450)}
-GLIDES = {"l": (380, 1150, 2750), "r": (430, 1250, 1650), "j": (270, 2200, 3050),
-          "w": (300, 680, 2250)}
+GLIDES = {"l": (380, 1150, 2750), "r": (430, 1250, 1650), "j": (270, 2200, 3050), "w": (300, 680, 2250)}
 # Where the formants point while the mouth is narrow; centre, width and strength of its noise.
 PLACES = {"labial": (330, 850, 2200, 5000, 4000, .25), "dental": (340, 1350, 2600, 6400, 1500, .3),
           "alveolar": (340, 1700, 2650, 6000, 1100, .8), "velar": (320, 1700, 2100, 1900, 500, .5),
@@ -487,8 +469,7 @@ def make_voice(rng, lang):
 def make_room(rng, lang):
     """A recording: noise, echo and level differ each time, the channel belongs to the language."""
     return {"snr": rng.uniform(*lang["snr"]), "colour": rng.uniform(0, 1.2), "band": lang["band"],
-            "echo": rng.uniform(.1, .5), "decay": rng.uniform(.01, .05),
-            "level": rng.uniform(-32, -20)}
+            "echo": rng.uniform(.1, .5), "decay": rng.uniform(.01, .05), "level": rng.uniform(-32, -20)}
 
 
 def pronounce(sentences, voice, rng):
@@ -574,8 +555,7 @@ def record(clean, room, rng):
 def write_wav(job):
     """One file; its parts have their own random numbers, so a part is the same in any company."""
     path, parts, voice, room = job
-    waves = [record(speak(tokens, voice, chance(*key)), room, chance(*key, "room"))
-             for tokens, key in parts]
+    waves = [record(speak(tokens, voice, chance(*key)), room, chance(*key, "room")) for tokens, key in parts]
     soundfile.write(path, np.concatenate(waves).astype(np.float32), 16000, subtype="PCM_16")
 
 
@@ -622,8 +602,7 @@ def sentence(lang, rng, topic, genders=None):
 
 def corpus(seed, lang, split, minutes, speakers, seconds):
     """Utterances, each a few sentences on a topic, in turn by each speaker, until it is enough."""
-    voices = [make_voice(chance(seed, "voice", lang["name"], split, s), lang)
-              for s in range(speakers)]
+    voices = [make_voice(chance(seed, "voice", lang["name"], split, s), lang) for s in range(speakers)]
     utterances, total = [], 0
     while total < 6000 * minutes or len(utterances) < 2:
         i = len(utterances)
@@ -634,10 +613,10 @@ def corpus(seed, lang, split, minutes, speakers, seconds):
             story.append(sentence(lang, rng, topic))
             tokens = pronounce(story, voices[i % speakers], chance(seed, fileid, "timing"))
             frames = sum(frames for _, frames in tokens)
-        utterances.append({"fileid": fileid, "language": lang["name"], "speaker": fileid[:-5],
-                           "num_samples": 160 * frames, "tokens": tokens, "story": story,
-                           "key": (seed, fileid, "audio"), "voice": voices[i % speakers],
-                           "room": make_room(rng, lang)})
+        utterances.append({
+            "fileid": fileid, "language": lang["name"], "speaker": fileid[:-5], "num_samples": 160 * frames,
+            "tokens": tokens, "story": story, "key": (seed, fileid, "audio"), "voice": voices[i % speakers],
+            "room": make_room(rng, lang)})
         total += frames
     return utterances
 
@@ -705,16 +684,15 @@ def write_pairs(root, seed, lang, voices, count, frequency):
         for (v, voice), (correct, words) in product(enumerate(voices), ((1, right), (0, wrong))):
             name, key = f"{task}_{i % count:04d}_{v}_{correct}", (seed, task, i, v)
             tokens = pronounce([words], voice, chance(*key, "timing"))  # a pair shares its chance
-            jobs.append((root / task / "dev" / f"{name}.wav", [(tokens, key)], voice,
-                         make_room(chance(*key, "room"), lang)))
+            room = make_room(chance(*key, "room"), lang)
+            jobs.append((root / task / "dev" / f"{name}.wav", [(tokens, key)], voice, room))
             phones, text = sum(words, ()), " ".join("".join(word) for word in words)
             rows[task].append({
                 "id": i % count, "filename": name, "voice": f"voice{v}", "correct": correct,
                 "frequency": frequency[right[0]], "word": text, "phones": " ".join(phones),
                 "length": len(phones), "type": kind, "subtype": subtype, "transcription": text})
-    write_csv(root / "lexical" / "dev" / "gold.csv",
-              "id filename voice frequency word phones length correct", rows["lexical"])
-    write_csv(root / "syntactic" / "dev" / "gold.csv",
+    write_csv(root / "lexical/dev/gold.csv", "id filename voice frequency word phones length correct", rows["lexical"])
+    write_csv(root / "syntactic/dev/gold.csv",
               "id filename voice type subtype transcription correct", rows["syntactic"])
     return jobs
 
@@ -800,13 +778,14 @@ def check_toy(folder):
 
 
 def main():
-    verbs = {"manifest": write_manifest, "toy": write_toy}
-    usage = "usage: python data.py manifest FOLDER OUT.csv | python data.py toy FOLDER"
-    if sys.argv[1:2] in (["-h"], ["--help"]):
+    verb, *args = sys.argv[1:] or [""]
+    if verb in ("-h", "--help"):
         return print(__doc__)
-    require(len(sys.argv) > 1 and sys.argv[1] in verbs, usage)
-    require(len(sys.argv) == (4 if sys.argv[1] == "manifest" else 3), usage)
-    verbs[sys.argv[1]](*sys.argv[2:])
+    if verb == "toy" and len(args) == 1:
+        return print(f"the toy world is in {toy(*args)}")
+    require(verb == "manifest" and len(args) == 2,
+            "usage: python data.py manifest FOLDER OUT.csv | python data.py toy FOLDER")
+    write_manifest(*args)
 
 
 def write_manifest(folder, out):
@@ -815,22 +794,16 @@ def write_manifest(folder, out):
     require(Path(out).parent.is_dir(), f"{out}: no such folder to write to")
     rows, left_out = scan_folder(folder)
     hours = defaultdict(float)
-    with open(f"{out}.tmp", "w", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(["fileid", "path", "num_samples", "language"])
-        for row in rows:
-            lines.writerow([row.fileid, os.path.abspath(row.path), row.num_samples, row.language])
-            hours[row.language or "(no language)"] += row.num_samples / SAMPLE_RATE / 3600
+    for row in rows:
+        hours[row.language or "(no language)"] += row.num_samples / SAMPLE_RATE / 3600
+    write_csv(Path(f"{out}.tmp"), "fileid path num_samples language",
+              [row._asdict() | {"path": os.path.abspath(row.path)} for row in rows])
     os.replace(f"{out}.tmp", out)
     for language, amount in sorted(hours.items()):
         print(f"{language:20} {amount:10.3f} h" if amount >= 1 else f"{language:20} {60 * amount:10.1f} min")
     for name, why in left_out:
         print(f"left out: {name}: {why}")
     print(f"{out}: {len(rows)} recordings, {sum(hours.values()):.3f} h; {len(left_out)} left out")
-
-
-def write_toy(folder):
-    print(f"the toy world is in {toy(folder)}")
 
 
 if __name__ == "__main__":

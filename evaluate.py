@@ -853,8 +853,8 @@ def train_lm(arguments):
         require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
     require(o.dim >= 1 and o.dim % o.heads == 0, f"--dim {o.dim}: a multiple of --heads {o.heads}")
     require(o.lr > 0 and o.clip > 0 and 0 <= o.dropout < 1, "lr and clip are positive, dropout is in [0, 1)")
-    require(o.seed >= 0 and len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas),
-            "--seed is not negative, --betas are two numbers in [0, 1)")
+    require(len(o.betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in o.betas),
+            "--betas are two numbers in [0, 1)")
     place = setup(o)
     torch.manual_seed(o.seed)
 
@@ -1214,25 +1214,25 @@ def compare(args):
     NAME<seed>-<language>.json, as `abx --out` writes it, stands for a model that is not adapted: a level line."""
     nest = lambda: defaultdict(nest)
     errors, amounts = nest(), {0: "none"}  # [name][layer][seconds of audio][seed][language]; {seconds: as given}
-    for run in sorted(map(Path, args.runs), key=lambda run: run.suffix == ".json"):
-        require(run.suffix == ".json" or (run / "abx_after.json").exists(),
-                f"{run}: no ABX there: adapt.py with --items writes it")
+    for path in sorted(map(Path, args.runs), key=lambda path: path.suffix == ".json"):
+        require(path.suffix == ".json" or (path / "abx_after.json").exists(),
+                f"{path}: no ABX there: adapt.py with --items writes it")
         try:
-            if run.suffix == ".json":
-                name, language = run.stem.split("-")
-                o, files = dict(init=name, method="full", seed=name, items=language), dict.fromkeys(amounts, run)
+            if path.suffix == ".json":
+                name, language = path.stem.split("-")
+                o, files = dict(init=name, method="full", seed=name, items=language), dict.fromkeys(amounts, path)
             else:
-                o = json.loads((run / "config.json").read_text())["options"]
+                o = json.loads((path / "config.json").read_text())["options"]
                 seconds = data.parse_seconds(o["budget"]) if o["budget"] else math.inf
                 amounts[seconds] = o["budget"] or "all"
-                files = {0: run / "abx_before.json", seconds: run / "abx_after.json"}
+                files = {0: path / "abx_before.json", seconds: path / "abx_after.json"}
             name = Path(o["init"]).name.rstrip("0123456789") + (f", {o['method']}" if o["method"] != "full" else "")
             for amount, file in files.items():
                 for r in json.loads(file.read_text()):
                     if r["speaker"] == "across":
                         errors[name][r["layer"]][amount][o["seed"]][o["items"] or o["language"]] = r["error"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{run}: not an adapted run, nor NAME-LANGUAGE.json: {error}") from None
+            raise InputError(f"{path}: not an adapted run, nor NAME-LANGUAGE.json: {error}") from None
 
     lines, amounts = {}, dict(sorted(amounts.items()))
     columns = "".join(f"{text:>14}" for text in amounts.values())
@@ -1300,7 +1300,7 @@ def parse(arguments=None):
             "(tsc: ID_correct.wav, ID_incorrect.wav), or with such a dev/")
         add("--out", help="a folder: the scores as the challenge wants them, and a JSON file")
     add = verb("compare", compare, "adapted runs side by side: ABX before and after, by amount of audio")
-    add("runs", nargs="+", help="folders that adapt.py wrote, with ABX before and after; NAME-LANGUAGE.json of abx --out")
+    add("runs", nargs="+", help="folders that adapt.py wrote, with ABX before and after, or NAME-LANGUAGE.json of abx")
     add("--out", help="an SVG file")
     add = verb("quality", run_quality, "PNMI, purities, perplexity and bitrate of units")
     add("--units", required=True, help="as 'units' writes them")

@@ -27,7 +27,7 @@ import pretrain
 from model import Config, InputError, SpidR, all_sum, require
 from pretrain import (
     Log, Place, Stop, autocast, barrier, fetch, finished, lr_at, make_optimizer, open_run, parse_options, seed_step,
-    setup, stopped, train_step,
+    setup, stopped, summary, train_step,
 )
 
 # ======== options ========
@@ -70,9 +70,6 @@ PRESETS = {
         decay_steps=135, ramp_steps=6, batch_samples=256_000, chunk_seconds=240.0, layer_drop=0.0, supervised_layer=3,
         steps=0, save_every=60),
 }
-
-
-UNUSED = "steps valid benchmark freeze_step keep_every"
 
 
 def check_options(o):
@@ -135,9 +132,9 @@ class Episodes:
         language, rows = make_tasks(self.rows, o, draw=number // self.tasks)[number % self.tasks]
         unlabelled = data.Batches(rows, self.config, o, self.group, stream=(6, number))
         if o.method == "reptile" or not o.outer_steps:
-            return language, unlabelled, None
+            return unlabelled, None
         labelled = data.Batches(self.labelled[language], self.config, o, self.group, self.classes, stream=(7, number))
-        return language, unlabelled, labelled
+        return unlabelled, labelled
 
 
 # ======== active forgetting (SpidR-Adapt) ========
@@ -199,14 +196,14 @@ def add(vectors, others, scale):
 
 
 def meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, at):
-    """The bi-level loop, for the workers of this process, from `at` = (meta-update, which of them, step) on. Yields the
-    same after every step, with its metrics, and (meta-update, 0, 0) after a meta-update: one may stop at any."""
+    """The bi-level loop, for the workers of this process, from `at` = (meta-update, which of them, step) on. After each
+    step, and the meta-update if one is due, it yields where to go on and the metrics: one may stop at any."""
     length = o.inner_steps + o.outer_steps
     inner = o.inner_steps if o.method == "foblo" else length  # Reptile has no labels: all steps are self-supervised
     for update in range(at[0], o.updates):
         for i in range(at[1], len(workers)):
             first, worker = at[2], workers[i]
-            language, unlabelled, labelled = episodes(update, worker)
+            unlabelled, labelled = episodes(update, worker)
             unlabelled = fetch(unlabelled, o, team, first, log)
             labelled = labelled and fetch(labelled, o, team, max(first - inner, 0), log)
             if first == 0:
@@ -222,12 +219,15 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, a
                 seed_step(*step_seed)
                 lr = cyclic_lr(step, o)
                 layer = o.supervised_layer if supervised else 0
-                metrics = train_step(model, optimizers[i], micro_batches, lr, o, team, layer)
+                metrics = train_step(model, optimizers[i], micro_batches, lr, o, team, layer) | {"lr": torch.tensor(lr)}
                 if o.method == "foblo" and s + 1 == inner:
                     add(delta, theta(model), -1)  # delta -= theta_M
-                yield (update, i, s + 1), metrics | {"lr": torch.tensor(lr)}
+                if s + 1 < length:
+                    yield (update, i, s + 1), metrics
             add(delta, theta(model), 1)  # FOBLO: delta += theta_{M+N} - theta_M; Reptile: delta += theta_end - phi
             at = (update, i + 1, 0)
+            if i + 1 < len(workers):
+                yield at, metrics
 
         # phi <- phi + beta * mean over workers of delta; the ranks of a worker all hold their worker's delta
         for d in delta:
@@ -236,7 +236,7 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, a
         size = torch.stack([d.norm() for d in delta]).norm() / torch.stack([p.norm() for p in phi]).norm()
         torch._foreach_zero_(delta)
         at = (update + 1, 0, 0)
-        yield at, {"relative_delta": size.item() / (o.workers * team.world)}
+        yield at, metrics | {"meta_update": torch.tensor(at[0]), "relative_delta": size / (o.workers * team.world)}
 
 
 # ======== the stage ========
@@ -247,20 +247,21 @@ def lay_out(o, place):
     require(place.world % o.workers == 0 or o.workers % place.world == 0,
             f"{o.workers} workers and {place.world} ranks: one must divide the other")
     size = max(1, place.world // o.workers)
-    first, group = place.rank // size, None
-    for w in range(o.workers if place.world > 1 else 0):  # every rank has to take part in making every group
-        ranks = range(w * size, (w + 1) * size) if size > 1 else [w % place.world]
-        made = dist.new_group(list(ranks)) if w < place.world else None
-        group = made if place.rank in ranks and made else group
-    return list(range(first, o.workers, place.world)), Place(place.rank % size, size, place.device), group
+    workers = list(range(place.rank // size, o.workers, place.world))
+    group = dist.new_subgroups(size)[0] if place.world > 1 else None
+    return workers, Place(place.rank % size, size, place.device), group
+
+
+def warn(place, message):
+    if place.first:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def initial_model(o, place):
     """The network that phi is taken from, and its phone inventories; the defaults that follow the init are set."""
     changes = dict(layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=1.0)
     if o.init == "random":
-        print("warning: a random initialisation; the papers find that meta-training does not converge from one",
-              file=sys.stderr)
+        warn(place, "a random initialisation; the papers find that meta-training does not converge from one")
         model, inventory = SpidR(Config(**spidr.PRESETS[o.preset] | changes)), {}
     else:
         model, inventory = spidr.load_init(o.init, **changes)
@@ -269,13 +270,13 @@ def initial_model(o, place):
         o.beta = 0.01 if labelled_init and o.method == "foblo" else 0.1
     o.supervised_layer = o.supervised_layer or max(1, model.config.layers * (8 if labelled_init else 6) // 12)
     if (o.beta > 0.1 or 0 < o.beta < 0.001) and o.preset != "tiny":
-        print(f"warning: beta {o.beta}: the papers find above 0.1 unstable and below 0.001 slow", file=sys.stderr)
+        warn(place, f"beta {o.beta}: the papers find above 0.1 unstable and below 0.001 slow")
     return model.to(place.device), inventory
 
 
 def main():
     # ---- options, setup
-    o, _ = parse_options(Options, PRESETS, without=UNUSED)
+    o, _ = parse_options(Options, PRESETS, without="steps valid benchmark freeze_step keep_every")
     check_options(o)
     place = setup(o)
     torch.manual_seed(o.seed)
@@ -316,20 +317,15 @@ def main():
     model.train()
     for at, metrics in meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, at):
         done = (at[0] * len(workers) + at[1]) * length + at[2]
-        if at[1:] == (len(workers) - 1, length):  # the meta-update follows, at the same step: save only then
-            log.step(done, metrics, due=True)
-            continue
         stopping = stop.agreed(done)
-        if at[1:] == (0, 0):
-            log.write({"step": done, "meta_update": at[0], **metrics})
-        else:
-            log.step(done, metrics, due=done % o.save_every == 0 or stopping)
+        log.step(done, metrics, due=done % o.save_every == 0 or stopping or "meta_update" in metrics)
         if done % o.save_every == 0 or at[0] == o.updates or stopping:
             save(o, place, model, phi, delta, optimizers, done, at, log, episodes.inventory)
         if stopping and at[0] < o.updates:
             stopped(log, done)
     if place.first:
-        summary(o, log)
+        summary(log, f"{o.method}, {o.updates} meta-updates of {o.workers} workers")
+        print(f"next: python adapt.py --init {o.out} --audio FOLDER")
 
 
 def worker_file(o, place, done):
@@ -342,26 +338,15 @@ def save(o, place, model, phi, delta, optimizers, done, at, log, inventory):
                optimizers=[optimizer.state_dict() for optimizer in optimizers])
     barrier()
     if place.first:
-        theta_now = [t.clone() for t in theta(model)]
-        torch._foreach_copy_(theta(model), phi)
+        state = model.state_dict()
+        state.update(zip([name for name in state if name != "current_step"], phi))  # as theta() lists them
         for name in ["last.pt"] + [f"update_{at[0]}.pt"] * (at[0] == o.updates):
-            spidr.save(Path(o.out) / name, model.state_dict(), step=done, at=at, ranks=place.world, log=log.state,
+            spidr.save(Path(o.out) / name, state, step=done, at=at, ranks=place.world, log=log.state,
                        inventories=inventory)
-        torch._foreach_copy_(theta(model), theta_now)
     barrier()
     for old in Path(o.out).glob(f"worker_{place.rank}_step_*.pt"):
         if old != worker_file(o, place, done):
             old.unlink()
-
-
-def summary(o, log):
-    log.bar.close()
-    s = log.state
-    print(f"{o.out}: {o.method}, {o.updates} meta-updates of {o.workers} workers, {s['audio_seconds'] / 3600:.1f} h, "
-          f"{s['seconds'] / 60:.1f} min; {s['skipped']} steps skipped")
-    shown = ("loss", "target_ppl", "phone_loss", "phone_accuracy")
-    print("last:", *(f"{name} {log.record[name]:.3f}" for name in shown if name in log.record))
-    print(f"next: python adapt.py --init {o.out} --audio FOLDER")
 
 
 if __name__ == "__main__":

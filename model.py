@@ -105,16 +105,15 @@ class Config:
 
     def __post_init__(self):
         try:
-            self.conv_layers = tuple(tuple(map(int, layer)) for layer in self.conv_layers)
+            self.conv_layers = tuple((int(c), int(k), int(s)) for c, k, s in self.conv_layers)
         except (TypeError, ValueError):
             raise InputError("conv_layers: a list of [channels, kernel, stride]") from None
         dropouts = self.projection_dropout, self.dropout, self.attention_dropout, self.ffn_dropout, self.layer_drop
         require(self.objective in ("spidr", "dinosr"), f"objective {self.objective!r}: spidr or dinosr")
         require(self.norm in ("layer_norm", "group_norm"), f"norm {self.norm!r}: layer_norm or group_norm")
-        require(all(len(layer) == 3 and min(layer) >= 1 for layer in self.conv_layers) and self.conv_layers,
-                "conv_layers: a list of [channels, kernel, stride]")
-        require(min(self.dim, self.layers, self.heads, self.ffn, self.pos_depth, self.pos_groups) >= 1,
-                "dim, layers, heads, ffn, pos_depth and pos_groups are at least 1")
+        sizes = self.dim, self.layers, self.heads, self.ffn, self.pos_depth, self.pos_groups
+        require(min(sizes + sum(self.conv_layers, ())) >= 1,
+                "dim, layers, heads, ffn, pos_depth, pos_groups and the numbers of conv_layers are at least 1")
         require(self.dim % self.heads == 0, f"dim {self.dim} does not divide into {self.heads} heads")
         require(self.dim % self.pos_groups == 0, f"dim {self.dim} does not divide into {self.pos_groups} pos_groups")
         require(self.pos_kernel // self.pos_depth % 2 == 1, "pos_kernel // pos_depth must be odd")
@@ -125,11 +124,6 @@ class Config:
                 "conv_layers: the strides multiply to 320 samples, a frame at 50 Hz")
         require(0 <= self.codebook_decay <= 1 and 0 <= self.ema_start <= 1, "decays lie in [0, 1]")
         require(self.ema_timescale > 0 and self.init_std > 0, "ema_timescale and init_std are positive")
-
-    @property
-    def target_layers(self):
-        """The layers, from 1, that the codebooks belong to."""
-        return range(self.layers - self.codebooks + 1, self.layers + 1)
 
 
 # tiny: what learns in two minutes on two cores. Smaller throughout; group norm, because LayerNorm after every one of
@@ -370,14 +364,6 @@ class Codebook(nn.Module):
         self.counts.fill_(1)
 
 
-class Classifier(nn.Module):
-    """Phones of one language, read off one layer (interleaved supervision)."""
-
-    def __init__(self, dim, phones):
-        super().__init__()
-        self.output_layer = nn.Linear(dim, phones)
-
-
 class SpidR(nn.Module):
     """Attributes carry the names of the released checkpoints, so that loading and saving translate nothing."""
 
@@ -390,8 +376,9 @@ class SpidR(nn.Module):
         self.student = Transformer(config)
         # The teacher starts from weights of its own, not from the student's.
         self.teacher = Transformer(config).requires_grad_(False)
-        self.heads = nn.ModuleList(nn.Sequential(nn.Linear(config.dim, config.codewords)) for _ in config.target_layers)
-        self.codebooks = nn.ModuleList(Codebook(config) for _ in config.target_layers)
+        K, V = config.codebooks, config.codewords
+        self.heads = nn.ModuleList(nn.Sequential(nn.Linear(config.dim, V)) for _ in range(K))
+        self.codebooks = nn.ModuleList(Codebook(config) for _ in range(K))
         self.supervised_classifiers = nn.ModuleDict()
         self.register_buffer("current_step", torch.zeros(1, dtype=torch.int64))
         self.group = None  # the process group that shares a batch; None: all ranks, if there are any
@@ -421,7 +408,8 @@ class SpidR(nn.Module):
 
     def units(self, wav, lengths=None):
         """The codeword that each head expects, [K, B, T]."""
-        outputs = self.head_inputs(*self.student(*self.frames(wav, lengths)))
+        stream, outputs = self.student(*self.frames(wav, lengths))
+        outputs = self.head_inputs(stream, outputs)
         return torch.stack([head(x).argmax(-1) for head, x in zip(self.heads, outputs)])
 
     def head_inputs(self, stream, outputs):
@@ -461,8 +449,8 @@ class SpidR(nn.Module):
         with torch.no_grad():
             _, outputs = self.teacher(x, valid)  # the teacher hears everything
             targets = torch.stack([instance_norm(y, valid).flatten(0, 1)[where] for y in self.last(outputs)])
-        inputs = self.head_inputs(*self.student(self.hide(x, mask), valid))
-        return [y.flatten(0, 1)[where] for y in inputs], targets
+        stream, outputs = self.student(self.hide(x, mask), valid)
+        return [y.flatten(0, 1)[where] for y in self.head_inputs(stream, outputs)], targets
 
     @torch.no_grad()
     def assign(self, targets):
@@ -527,7 +515,8 @@ class SpidR(nn.Module):
         require("." not in language and not hasattr(nn.ModuleDict(), language),
                 f"language {language!r}: PyTorch keeps this name, or the dot in it, for itself: rename it")
         if language not in self.supervised_classifiers:
-            self.supervised_classifiers[language] = Classifier(self.config.dim, phones).to(self.mask_embedding.device)
+            output_layer = nn.Linear(self.config.dim, phones).to(self.mask_embedding.device)
+            self.supervised_classifiers[language] = nn.ModuleDict({"output_layer": output_layer})
         have = self.supervised_classifiers[language].output_layer.out_features
         require(have == phones,
                 f"language {language}: the model tells {have} phones apart, the alignments have {phones}")
@@ -630,6 +619,7 @@ def released_config(config):
 def load_state(model, state, path):
     """Strictly: a name or a shape that does not fit is one clear error."""
     state = {name.removeprefix("module."): value for name, value in state.items()}
+    require(all(isinstance(value, torch.Tensor) for value in state.values()), f"{path}: holds more than tensors")
     for name, value in state.items():
         if name.startswith("supervised_classifiers.") and name.endswith(".output_layer.weight"):
             model.add_language(name.split(".")[1], len(value))
@@ -644,10 +634,9 @@ def load_state(model, state, path):
     return model
 
 
-def load(path, device="cpu", **changes):
-    """A run's folder, one of our checkpoints or a released one (with its config.json beside it, else base); `changes`
-    are to the configuration."""
-    return load_init(path, **changes)[0].to(device)
+def load(path, device="cpu"):
+    """A run's folder, one of our checkpoints or a released one (with its config.json beside it, else base)."""
+    return load_init(path)[0].to(device)
 
 
 def load_init(path, **changes):
@@ -666,32 +655,28 @@ def main():
         return print(__doc__)
     require(name in PRESETS, f"preset {name!r}: one of {', '.join(PRESETS)}")
     config = Config(**PRESETS[name])
-    model = SpidR(config).eval()
+    model, field, hop = SpidR(config), 1, 1
 
-    def row(stage, shape, *parts):
-        millions = sum(p.numel() for part in parts for p in part.parameters()) / 1e6
-        print(f"{stage:36} {str(list(shape)):18} {millions:9.3f} M")
+    def count(part):
+        return sum(p.numel() for p in part.parameters()) / 1e6
+
+    def row(stage, shape, part):
+        print(f"{stage:36} {str(shape):18} {count(part):9.3f} M")
 
     print(f"{name}: a second of audio                {'shape':18} parameters")
-    x, field, hop = torch.randn(1, 16000), 1, 1
-    row("waveform [B, N]", x.shape)
-    x = x[:, None]
-    for i, conv in enumerate(model.feature_extractor.conv_layers):
-        x = conv(x)
-        _, kernel, stride = config.conv_layers[i]
+    for i, (channels, kernel, stride) in enumerate(config.conv_layers):
         field, hop = field + (kernel - 1) * hop, hop * stride
-        row(f"convolution {i + 1}: kernel {kernel}, stride {stride}", x.shape, conv)
-    x = model.feature_projection(x.transpose(1, 2))
-    row("projection [B, T, D]", x.shape, model.feature_projection)
-    row(f"{config.pos_depth} positional convolutions", x.shape, model.student.pos_conv_embed, model.student.layer_norm)
+        row(f"convolution {i + 1}: kernel {kernel}, stride {stride}", [channels, (16000 - field) // hop + 1],
+            model.feature_extractor.conv_layers[i])
+    frames = [num_frames(16000, config), config.dim]
+    row("projection [T, D]", frames, model.feature_projection)
+    row(f"{config.pos_depth} positional convolutions", frames, model.student.pos_conv_embed)
     for i, layer in enumerate(model.student.layers):
-        k = i + 1 - config.target_layers[0]
-        row(f"layer {i + 1}" + (f", head and codebook {k}" if k >= 0 else ""), x.shape, layer)
-    row("heads [K, V]", (config.codebooks, config.codewords), model.heads)
-    row("teacher (no gradient)", x.shape, model.teacher)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    print(f"trained {trained / 1e6:.1f} M, with the teacher {total / 1e6:.1f} M parameters")
+        k = i - (config.layers - config.codebooks)
+        row(f"layer {i + 1}" + (f", head and codebook {k}" if k >= 0 else ""), frames, layer)
+    row("heads [K, V]", [config.codebooks, config.codewords], model.heads)
+    row("teacher (no gradient)", frames, model.teacher)
+    print(f"trained {count(model) - count(model.teacher):.1f} M, with the teacher {count(model):.1f} M parameters")
     print(f"a frame every {hop} samples ({16000 / hop:g} Hz) sees {field} samples ({field / 16:g} ms)")
 
 

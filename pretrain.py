@@ -100,17 +100,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def json_list(text):
-    value = json.loads(text)
-    if not isinstance(value, list):
-        raise ValueError
-    return tuple(value)
+    return tuple(json.loads(text))
 
 
 def parse_options(options, presets, config=None, argv=None, without=""):
     """(options, config): the dataclasses' defaults, over them the preset's numbers, over those the command line's.
     `without`: fields that a stage inherits but has no use for."""
     manual = sys.modules[options.__module__].__doc__
-    parser = Parser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
     for kind in filter(None, (options, config)):
         group, helps = parser.add_argument_group(kind.__name__), {}
         for cls in reversed(kind.__mro__[:-1]):  # what a later class says of an option wins
@@ -119,14 +117,15 @@ def parse_options(options, presets, config=None, argv=None, without=""):
             if field.name in without.split():
                 continue
             how = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=json_list)}
-            group.add_argument("--" + field.name.replace("_", "-"), default=None,
+            group.add_argument("--" + field.name.replace("_", "-"),
                                help=f"{helps[field.name]} [{field.default}]".replace("%", "%%"),
                                **how.get(field.type, dict(type=field.type)))
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = vars(parser.parse_args(argv))
     given = {name: value.rstrip("/") or value if isinstance(value, str) else value for name, value in given.items()}
     without_init = "base" if given.get("manifest") or given.get("audio") else "tiny"
     preset = given.setdefault("preset", preset_of(given.get("init", getattr(options, "init", ""))) or without_init)
     require(preset in presets, f"--preset {preset}: one of {', '.join(presets)}")
+    require(given.get("seed", 0) >= 0, f"--seed {given.get('seed')}: not negative")
     names = [field.name for field in fields(options)]
     chosen = replace(options(), **presets[preset])
     stretch = given.get("steps", chosen.steps) / chosen.steps if chosen.steps else 1
@@ -152,9 +151,9 @@ def check_options(o, config):
     for name in (*positive, "loaders", "keep_every", "supervised_every", "benchmark", *SCHEDULE):
         value, least = getattr(o, name), int(name in positive)
         require(value >= least, f"--{name.replace('_', '-')} {value}: {'at least 1' if least else 'not negative'}")
-    require(len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas), f"--betas {o.betas}: two numbers in [0, 1)")
-    require(o.seed >= 0 and o.weight_decay >= 0 and o.eps > 0,
-            "seed and weight_decay are not negative, eps is positive")
+    require(len(o.betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in o.betas),
+            f"--betas {o.betas}: two numbers in [0, 1)")
+    require(o.weight_decay >= 0 and o.eps > 0, "weight_decay is not negative, eps is positive")
     require(0 <= o.lr_floor <= 1, f"--lr-floor {o.lr_floor}: from 0 to 1")
     require(o.lr > 0 and o.clip > 0 and 0 < o.mask_prob < 1, "lr and clip are positive, mask_prob lies in (0, 1)")
     require(1 <= o.supervised_layer <= config.layers,
@@ -225,7 +224,6 @@ def open_run(o, config, model, place):
         number = next(i for i in range(1, 10**6) if not Path(f"{out}.{i}").exists())
         os.rename(out, f"{out}.{number}")
         print(f"the run that was there is {out}.{number} now")
-    barrier()
     if traces and not o.restart:
         require("config.json" in traces, f"{out} holds {traces[0]} but no config.json: {advice}")
         try:
@@ -299,21 +297,22 @@ def read_data(o, place, inventory=None):
 
 
 def fetch(batches, o, place, step, log):
-    """Endless micro-batches of this rank, from optimizer step `step` of this kind on."""
-    numbers = (s * place.world * o.accumulate + a * place.world + place.rank
-               for s in itertools.count(step) for a in range(o.accumulate))
-    loader = data.loader(batches, numbers, o.loaders, pin=place.device.type == "cuda")
-    return map(log.batch, loader)
+    """Endless micro-batches of this rank, from optimizer step `step` of this kind on; `accumulate` are a step."""
+    numbers = itertools.count(step * o.accumulate * place.world + place.rank, place.world)
+    return map(log.batch, torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=numbers, num_workers=o.loaders, pin_memory=place.device.type == "cuda",
+        prefetch_factor=4 if o.loaders else None, worker_init_fn=data.outlive_signals))
 
 
 @torch.no_grad()
-def validate(model, batches, place, most=20):
+def validate(model, batches, o, place, most=20):
     """The mean loss over the first batches of a validation set, always the same crops and masks."""
     model.eval()
-    numbers = range(place.rank, min(most, batches.per_epoch), place.world)
     sums = torch.zeros(2, device=place.device)
-    for batch in map(batches.__getitem__, numbers):
-        loss, _ = model(batch["wav"].to(place.device), batch["mask"], commit=False)
+    for i in range(place.rank, min(most, batches.per_epoch), place.world):
+        batch = batches[i]
+        with autocast(o, place):
+            loss, _ = model(batch["wav"].to(place.device), batch["mask"], commit=False)
         frames = batch["mask"].sum().item()
         sums += torch.stack([loss * frames, loss.new_tensor(frames)])
     model.pending = None
@@ -496,7 +495,10 @@ def train_step(model, optimizer, micro_batches, lr, o, place, layer=0):
 def update(optimizer, lr, o, ranks=None):
     """The gradients, summed over the ranks and clipped, move the weights, unless they are not finite."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    sum_gradients(gradients, ranks)
+    if dist.is_initialized() and dist.get_world_size(ranks) > 1:  # all of them in one message
+        flat = all_sum(torch.cat([g.flatten() for g in gradients]), ranks)
+        parts = flat.split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
     norm = torch.nn.utils.get_total_norm(gradients)
     torch._foreach_mul_(gradients, (o.clip / (norm + 1e-6)).clamp(max=1.0))
     # A NaN on one rank is a NaN in the sum on every rank: all of them skip, without having to talk about it. The fused
@@ -507,14 +509,6 @@ def update(optimizer, lr, o, ranks=None):
         group["lr"] = lr
     optimizer.step()
     return {"grad_norm": norm, "skipped": skipped}
-
-
-def sum_gradients(gradients, group):
-    """In place, over the ranks of the group."""
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
-        flat = all_sum(torch.cat([g.flatten() for g in gradients]), group)
-        parts = flat.split([g.numel() for g in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
 
 
 # ======== the stage ========
@@ -589,29 +583,29 @@ def main():
         ema = model.update_teacher(done)
         stopping = stop.agreed(done)
         saving = done % o.save_every == 0 or o.keep_every and done % o.keep_every == 0 or done == o.steps
-        more = {"valid_loss": validate(model, valid, place)} if valid and saving else {}
+        more = {"valid_loss": validate(model, valid, o, place)} if valid and saving else {}
         log.step(done, metrics, due=saving or stopping, lr=lr, ema=ema, **more)
         if saving or stopping:
             save_checkpoint(o, place, model.state_dict(), optimizer, done, log, inventories=inventory)
         if stopping and done < o.steps:
             stopped(log, done)
     if place.first:
-        summary(o, log)
+        summary(log, f"{o.steps} steps")
+        if not o.manifest:
+            import evaluate  # which builds on this file
+
+            evaluate.print_toy_abx(o.toy, {o.out: o.out})
+        print(f"next: python meta_train.py --init {o.out}   or   python evaluate.py")
 
 
-def summary(o, log):
-    """What was trained, how long it took, how it ended, what it is worth on the toy world, and what to type next."""
+def summary(log, what):
+    """What a stage has done, how long it took and how it ended."""
     log.bar.close()
     s = log.state
-    print(f"{o.out}: {o.steps} steps, {s['audio_seconds'] / 3600:.1f} h of audio, {s['seconds'] / 60:.1f} min; "
+    print(f"{log.o.out}: {what}, {s['audio_seconds'] / 3600:.1f} h of audio, {s['seconds'] / 60:.1f} min; "
           f"{s['skipped']} steps skipped, {s['bad_recordings']} recordings skipped")
     shown = ("loss", "target_ppl", "pred_ppl", "accuracy", "active", "phone_accuracy", "valid_loss")
     print("last:", *(f"{name} {log.record[name]:.3f}" for name in shown if name in log.record))
-    if not o.manifest:
-        import evaluate  # which builds on this file
-
-        evaluate.print_toy_abx(o.toy, {o.out: o.out})
-    print(f"next: python meta_train.py --init {o.out}   or   python evaluate.py")
 
 
 # ======== benchmark ========

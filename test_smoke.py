@@ -584,7 +584,7 @@ def s(n, phase):
 
 def test_supervised_loss_and_refit_of_the_released_implementation():
     model = formula_model(32, 3, 64, 2, "layer_norm", 0.0)
-    model.supervised_classifiers["x"] = spidr.Classifier(6, 5)
+    model.supervised_classifiers["x"] = torch.nn.ModuleDict({"output_layer": torch.nn.Linear(6, 5)})
     linear = model.supervised_classifiers["x"].output_layer
     linear.weight.data, linear.bias.data = s(30, 0).view(5, 6), s(5, 0)
     targets = (5 * torch.arange(18) % 6).view(2, 9)
@@ -630,7 +630,7 @@ def test_meta_update_of_the_released_implementation(monkeypatch, method, golden)
     phi = [t.clone() for t in meta_train.theta(model)]
     delta = [torch.zeros_like(t) for t in phi]
     one = pretrain.Place(0, 1, torch.device("cpu"))
-    *_, (at, _) = meta_train.meta_train(o, model, phi, delta, [None], [0], lambda *_: ("x", 1, 1), one, None, (0, 0, 0))
+    *_, (at, _) = meta_train.meta_train(o, model, phi, delta, [None], [0], lambda *_: (1, 1), one, None, (0, 0, 0))
     assert at == (1, 0, 0)
     near([*phi[0], *phi[1].flatten()[:5]], golden)  # stat, lin.weight
 
