@@ -211,11 +211,15 @@ def read_audio(path, start=0, samples=None):
 
 @lru_cache(maxsize=8)
 def resampler(rate):
+    return import_torchaudio(f"audio at {rate} Hz").transforms.Resample(rate, SAMPLE_RATE)
+
+
+def import_torchaudio(what):
     try:
-        from torchaudio.transforms import Resample
+        import torchaudio
     except (ImportError, OSError) as error:
-        raise InputError(f"audio at {rate} Hz needs torchaudio, which does not load here: {error}") from None
-    return Resample(rate, SAMPLE_RATE)
+        raise InputError(f"{what} needs torchaudio, which does not load here: {error}") from None
+    return torchaudio
 
 
 def standardise(wav):

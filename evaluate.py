@@ -116,18 +116,9 @@ def hash_weights(net):
     return digest.hexdigest()[:16]
 
 
-def import_torchaudio(what):
-    try:
-        import torchaudio
-        import torchaudio.pipelines  # noqa: F401
-    except (ImportError, OSError) as error:
-        raise InputError(f"{what} needs torchaudio, which does not load here: {error}") from None
-    return torchaudio
-
-
 def mfcc(wavs):
     """13 coefficients and their first and second differences, [T, 39]; 25 ms windows, centred as our frames are."""
-    torchaudio, pad = import_torchaudio("mfcc"), (FIELD - HOP) // 2
+    torchaudio, pad = data.import_torchaudio("mfcc"), (FIELD - HOP) // 2
     mel = dict(n_fft=FIELD, hop_length=HOP, n_mels=40, center=False)
     transform = torchaudio.transforms.MFCC(16000, 13, log_mels=True, melkwargs=mel)
     deltas = torchaudio.functional.compute_deltas
@@ -137,7 +128,7 @@ def mfcc(wavs):
 
 def baseline(name, device, pretrained=True):
     """One of torchaudio's. pretrained=False: random weights, without a download."""
-    torchaudio = import_torchaudio(name)
+    torchaudio = data.import_torchaudio(name)
     make = getattr(torchaudio.pipelines, name.upper()).get_model if pretrained else getattr(torchaudio.models, name)
     try:
         net = make().eval().to(device)
@@ -213,10 +204,10 @@ def describe(encoder, layer):
 def write_features(args):
     encoder, out = load_encoder(args.model), Path(args.out)
     layer, old = encoder.layer(args.layer), out / "meta.json"
-    meta, rows = describe(encoder, layer), data.read_manifest(args.audio)
-    require(not old.exists() or json.loads(old.read_text()) == meta, f"{out}: holds features of another model or layer")
+    meta, rows = json.dumps(describe(encoder, layer)) + "\n", data.read_manifest(args.audio)
+    require(not old.exists() or old.read_text() == meta, f"{out}: holds features of another model or layer")
     out.mkdir(parents=True, exist_ok=True)
-    old.write_text(json.dumps(meta) + "\n")
+    old.write_text(meta)
     for fileid, (frames,) in extract(rows, encoder.encode, [layer - 1], args.longest):
         path = out / f"{fileid}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +238,6 @@ def read_features(folder, files):
 def write_units(args):
     encoder, out = load_encoder(args.model), Path(args.out)
     layer, rows = encoder.layer(args.layer, units=True), data.read_manifest(args.audio)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.part", "w", encoding="utf-8") as file:
         print(json.dumps(describe(encoder, layer) | dict(codewords=encoder.codewords)), file=file)
         for fileid, units in extract_units(rows, encoder, layer, args.longest):
@@ -269,6 +259,10 @@ def read_units(path, **expected):
     require(not missing, f"{path}: its first line has no {', '.join(sorted(missing))}; 'evaluate.py units' writes it")
     for name, value in ({"frame_rate": RATE} | expected).items():
         require(header[name] == value, f"{path}: {name} is {header[name]!r}, wanted is {value!r}")
+    for file, sequence in units.items():
+        fits = set(map(type, sequence)) == {int} and min(sequence) >= 0 and max(sequence) < header["codewords"]
+        require(fits, f"{path}: {file}: not a list of units from 0 to {header['codewords'] - 1}")
+    require(units, f"{path}: no units")
     return header, units
 
 
@@ -804,10 +798,6 @@ def dedupe(units):
 
 def read_deduped(path, **expected):
     header, units = read_units(path, **expected)
-    for file, sequence in units.items():
-        fits = set(map(type, sequence)) == {int} and min(sequence) >= 0 and max(sequence) < header["codewords"]
-        require(fits, f"{path}: {file}: not a list of units from 0 to {header['codewords'] - 1}")
-    require(units, f"{path}: no units")
     return header, {file: dedupe(sequence) for file, sequence in units.items()}
 
 
@@ -882,17 +872,17 @@ def train_lm(arguments):
         seed_step(o.seed, step, place.rank)
         lr, micro = lr_at(step, o), range(step * o.accumulate, (step + 1) * o.accumulate)
         metrics = lm_step(lm.train(), optimizer, [batches[i * place.world + place.rank] for i in micro], lr, o, place)
-        saving, stopping = (step + 1) % o.save_every == 0 or step + 1 == o.steps, stop.agreed(step + 1)
-        more = {}
+        done, stopping, more = step + 1, stop.agreed(step + 1), {}
+        saving = done % o.save_every == 0 or o.keep_every and done % o.keep_every == 0 or done == o.steps
         if valid and saving:
             sums = log_likelihoods(lm, list(valid.values())[place.rank :: place.world]).sum(0)
             total, count = all_sum(torch.from_numpy(sums).float().to(place.device)).tolist()
             more = {"valid_loss": -total / count}
-        log.step(step + 1, metrics, due=saving or stopping, lr=lr, **more)
+        log.step(done, metrics, due=saving or stopping, lr=lr, **more)
         if saving or stopping:
-            save_checkpoint(o, place, lm.state_dict(), optimizer, step + 1, log, lm=sizes, units=header)
-        if stopping and step + 1 < o.steps:
-            stopped(log, step + 1)
+            save_checkpoint(o, place, lm.state_dict(), optimizer, done, log, lm=sizes, units=header)
+        if stopping and done < o.steps:
+            stopped(log, done)
     log.bar.close()
     if place.first:
         print(f"{o.out}: {o.steps} steps on {len(units)} utterances, {tokens} units without repetitions; last:",
@@ -922,7 +912,6 @@ def log_likelihoods(lm, sequences, batch_tokens=16_384):
     step, pieces = (lm.context + 1) // 2, []  # (sequence, tokens, how many of them were scored in the window before)
     for s, units in enumerate(sequences):
         tokens = np.concatenate([[lm.boundary], dedupe(units)])
-        require(len(tokens) > 1, "score_units: a sequence without units")
         for i in range(0, max(1, len(tokens) - 1 - lm.context + step), step):
             pieces.append((s, tokens[i : i + lm.context + 1], lm.context - step if i else 0))
     pieces.sort(key=lambda piece: len(piece[1]))
@@ -978,7 +967,7 @@ def read_pairs(folder, column, groups):
             if separator and side in ("correct", "incorrect"):
                 sides.append(Side(id, "", side == "correct", path.stem, ["all"], path))
         return sides
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file, restval="")
         missing = {"id", "filename", "voice", "correct", column} - set(reader.fieldnames or [])
         require(not missing, f"{path}:1: the header has no column {', '.join(sorted(missing))}")
@@ -1054,57 +1043,40 @@ def run_pairs(args):
 # ======== the report ========
 
 
-def toy_abx(encoders, toy, languages):
-    """ABX on the toy world, a few tokens a cell: [{name, layer, language, within, across}]."""
-    records = []
-    for language in languages:
+def toy_abx(encoders, toy):
+    """ABX on the toy world, a few tokens a cell: {name: [layers, 4]}, the mean of the unseen languages within and
+    across speakers, then a seen language."""
+    errors = {name: [] for name in encoders}
+    for language in data.TARGETS + data.EVAL_SOURCES[:1]:
         rows, items = data.read_manifest(toy / "eval" / f"{language}.csv"), toy / "eval" / f"{language}.item"
         for name, encoder in encoders.items():
-            found = dict(extract(rows, encoder.encode, range(encoder.layers)))
-            for layer in range(encoder.layers):
-                features = {file: outputs[layer] for file, outputs in found.items()}
-                errors = {speaker: abx(features, items, speaker, max_size_group=5, max_x_across=2)
-                          for speaker in ("within", "across")}
-                records.append(dict(name=name, layer=layer + 1, language=language) | errors)
-    return records
-
-
-def by_layer(records, languages, kind="across"):
-    """{name: {layer: mean error over the languages}}."""
-    found = {}
-    for r in records:
-        if r["language"] in languages:
-            found.setdefault(r["name"], {}).setdefault(r["layer"], []).append(r[kind])
-    return {name: {layer: np.mean(layers[layer]) for layer in sorted(layers)} for name, layers in found.items()}
-
-
-def print_abx(records, targets):
-    """A line a model: its best layer on unseen languages, and the errors there on unseen and on seen languages."""
-    seen = {r["language"] for r in records} - set(targets)
-    print(f"{'ABX error, %':24} {'layer':>5} {'unseen: within':>15} {'across':>7}"
-          + f" {'seen: within':>15} {'across':>7}" * bool(seen))
-    tables = [by_layer(records, part, kind) for part in (targets, seen) if part for kind in ("within", "across")]
-    for name, across in tables[1].items():
-        layer = min(across, key=across.get)
-        means = [f"{table[name][layer]:{width}.2f}" for table, width in zip(tables, (15, 7, 15, 7))]
-        print(f"{name:24} {layer:>5} " + " ".join(means))
+            found, layers = dict(extract(rows, encoder.encode, range(encoder.layers))), []
+            for i in range(encoder.layers):
+                features = {file: outputs[i] for file, outputs in found.items()}
+                layers.append([abx(features, items, speaker, max_size_group=5, max_x_across=2)
+                               for speaker in ("within", "across")])
+            errors[name].append(layers)
+    return {name: np.hstack([np.mean(unseen, 0), seen]) for name, (*unseen, seen) in errors.items()}
 
 
 def print_toy_abx(toy, runs):
-    """The toy world's languages by MFCC, by a fresh network of the first run's shape, and by the runs {name: path}."""
-    first = Path(next(iter(runs.values())))
-    torch.manual_seed(json.loads((first / "config.json").read_text())["options"]["seed"])
-    untrained = spidr.SpidR(spidr.read_config(first / "config.json")).eval()
-    encoders = {"untrained": spidr_encoder("untrained", untrained)}
-    encoders |= {name: load_encoder(str(path)) for name, path in runs.items()}
+    """A line each for MFCC, a fresh network of the first run's shape, and the runs {name: path}: the layer that is best
+    on unseen languages, and its errors. -> the encoders, and the errors as of toy_abx"""
+    config, encoders = Path(next(iter(runs.values())), "config.json"), {}
     try:
-        import_torchaudio("the MFCC baseline")
-        encoders = {"mfcc": load_encoder("mfcc")} | encoders
+        data.import_torchaudio("the MFCC baseline")
+        encoders["mfcc"] = load_encoder("mfcc")
     except InputError as error:
         print(error)
-    records = toy_abx(encoders, Path(toy), data.TARGETS + data.EVAL_SOURCES[:1])
-    print_abx(records, data.TARGETS)
-    return encoders, records
+    torch.manual_seed(json.loads(config.read_text())["options"]["seed"])
+    encoders["untrained"] = spidr_encoder("untrained", spidr.SpidR(spidr.read_config(config)).eval())
+    encoders |= {name: load_encoder(str(path)) for name, path in runs.items()}
+    errors = toy_abx(encoders, Path(toy))
+    print(f"{'ABX error, %':24} {'layer':>5} {'unseen: within':>15} {'across':>7} {'seen: within':>15} {'across':>7}")
+    for name, layers in errors.items():
+        best = layers[:, 1].argmin()
+        print(f"{name:24} {best + 1:>5} " + "{:15.2f} {:7.2f} {:15.2f} {:7.2f}".format(*layers[best]))
+    return encoders, errors
 
 
 def newest_runs(folder="runs"):
@@ -1129,11 +1101,12 @@ def report(out="runs"):
     path, options = next(iter(runs.values()))
     toy = Path(options["toy"])
     data.check_toy(toy)
-    encoders, records = print_toy_abx(toy, {f"{stage}: {path}": path for stage, (path, _) in runs.items()})
+    encoders, errors = print_toy_abx(toy, {f"{stage}: {path}": path for stage, (path, _) in runs.items()})
 
     language, name = data.LM_LANGUAGE, f"{next(iter(runs))}: {path}"
-    first, errors = encoders[name], by_layer(records, data.TARGETS)[name]
-    layer = min(range(first.layers - first.codebooks + 1, first.layers + 1), key=errors.get)  # the best one for units
+    first = encoders[name]
+    below = first.layers - first.codebooks  # layers without units
+    layer = below + 1 + int(errors[name][below:, 1].argmin())
     print(f"\nunits of layer {layer}, {language}")
     qualities = {}
     for name, encoder in encoders.items():
@@ -1152,8 +1125,9 @@ def report(out="runs"):
         pairs[task] = run_pairs(parse([task, "--lm", str(lm), "--model", str(path), "--data", str(folder)]))
     curves = {f"{stage}: {path}": [json.loads(x) for x in open(path / "metrics.jsonl") if step_of(x) < math.inf]
               for stage, (path, _) in runs.items()}
-    draw(Path(out) / "report.svg", records, data.TARGETS, curves)
-    Path(out, "report.json").write_text(json.dumps(dict(abx=records, quality=qualities, pairs=pairs), indent=1) + "\n")
+    draw(Path(out) / "report.svg", errors, curves)
+    record = dict(abx={name: x.tolist() for name, x in errors.items()}, quality=qualities, pairs=pairs)
+    Path(out, "report.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\n{out}/report.json, {out}/report.svg; {time.time() - began:.0f} s")
 
 
@@ -1167,12 +1141,12 @@ def toy_lm(path, name, layer, toy, out):
     return folder
 
 
-def draw(path, records, targets, curves):
+def draw(path, errors, curves):
     """Four plots side by side, plain SVG: ABX by layer on unseen languages, and the curves of a run's health."""
-    deepest, lines = max(r["layer"] for r in records), {}
-    for name, means in by_layer(records, targets).items():
-        first, *others = means.items()
-        lines[name] = [first, *(others or [(deepest, first[1])])]  # a model of one layer is a level line
+    deepest, lines = max(map(len, errors.values())), {}
+    for name, layers in errors.items():
+        across = layers[:, 1].tolist()
+        lines[name] = list(enumerate(across if len(across) > 1 else across * deepest, 1))  # one layer: a level line
     plots = [("unseen languages: ABX across, %, by layer", lines)]
     for key in ("loss", "target_ppl", "phone_accuracy"):
         lines = {name: [(r["step"], r[key]) for r in log if key in r] for name, log in curves.items()}
@@ -1226,7 +1200,9 @@ def compare(args):
                 seconds = data.parse_seconds(o["budget"]) if o["budget"] else math.inf
                 amounts[seconds] = o["budget"] or "all"
                 files = {0: path / "abx_before.json", seconds: path / "abx_after.json"}
-            name = Path(o["init"]).name.rstrip("0123456789") + (f", {o['method']}" if o["method"] != "full" else "")
+            init = Path(o["init"])
+            name = (init.parent if init.suffix == ".pt" else init).name.rstrip("0123456789")
+            name += f", {o['method']}" if o["method"] != "full" else ""
             for amount, file in files.items():
                 for r in json.loads(file.read_text()):
                     if r["speaker"] == "across":
