@@ -883,7 +883,7 @@ def train_lm(arguments):
             save_checkpoint(o, place, lm.state_dict(), optimizer, done, log, lm=sizes, units=header)
         if stopping and done < o.steps:
             stopped(log, done)
-    log.bar.close()
+    log.close()
     if place.first:
         print(f"{o.out}: {o.steps} steps on {len(units)} utterances, {tokens} units without repetitions; last:",
               *(f"{name} {log.record[name]:.3f}" for name in ("loss", "valid_loss") if name in log.record))

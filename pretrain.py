@@ -395,6 +395,12 @@ class Log:
             print(f"step {record['step']}", *(f"{name} {record[name]:.4g}" for name in shown if record.get(name)),
                   flush=True)
 
+    def close(self):
+        """The training is over and saved: from now on a signal ends the process at once."""
+        self.bar.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def step_of(line):
     try:
@@ -417,7 +423,7 @@ def finished(o, place):
 
 def stopped(log, step):
     """After SIGTERM or Ctrl-C."""
-    log.bar.close()
+    log.close()
     if log.place.first:
         print(f"stopped at step {step}; the same command resumes there")
     sys.exit(143)
@@ -600,7 +606,7 @@ def main():
 
 def summary(log, what):
     """What a stage has done, how long it took and how it ended."""
-    log.bar.close()
+    log.close()
     s = log.state
     print(f"{log.o.out}: {what}, {s['audio_seconds'] / 3600:.1f} h of audio, {s['seconds'] / 60:.1f} min; "
           f"{s['skipped']} steps skipped, {s['bad_recordings']} recordings skipped")
@@ -643,7 +649,8 @@ def benchmark(o, config, model, place):
     seconds = float(np.median(times[3:]))  # the first three warm up
     work = flops(config, batch, samples) * o.accumulate
     peak = peak_flops(place.device, o.bf16 and on_gpu)
-    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if place.first:
         print(json.dumps({
             "steps_per_s": 1 / seconds,
