@@ -1105,8 +1105,8 @@ def report(out="runs"):
 
     language, name = data.LM_LANGUAGE, f"{next(iter(runs))}: {path}"
     first = encoders[name]
-    below = first.layers - first.codebooks  # layers without units
-    layer = below + 1 + int(errors[name][below:, 1].argmin())
+    below = first.layers - first.codebooks  # layers without units; of the others the best in the LM's own language
+    layer = below + 1 + int(errors[name][below:, 3].argmin())
     print(f"\nunits of layer {layer}, {language}")
     qualities = {}
     for name, encoder in encoders.items():
