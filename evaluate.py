@@ -1216,7 +1216,9 @@ def compare(args):
     for name, layers in sorted(errors.items()):
         means = {layer: {amount: [np.mean(list(languages.values())) for languages in seeds.values()]
                          for amount, seeds in by_amount.items()} for layer, by_amount in layers.items()}
-        layer = min(means, key=lambda layer: sum(np.mean(x) for amount, x in means[layer].items() if amount))
+        after = {layer: sum(np.mean(x) for amount, x in some.items() if amount) for layer, some in means.items()}
+        layer = args.layer or min(after, key=after.get)
+        require(layer in means, f"--layer {layer}: {name} has layers {min(means)} to {max(means)}")
         lines[name] = [(i, np.mean(means[layer][a])) for i, a in enumerate(amounts) if a in means[layer]]
         shown = [f"{np.mean(x):.2f} ±{np.std(x):5.2f}" if x else "" for x in map(means[layer].get, amounts)]
         print(f"{name:24} {layer:>5}" + "".join(f"{text:>14}" for text in shown))
@@ -1277,6 +1279,7 @@ def parse(arguments=None):
         add("--out", help="a folder: the scores as the challenge wants them, and a JSON file")
     add = verb("compare", compare, "adapted runs side by side: ABX before and after, by amount of audio")
     add("runs", nargs="+", help="folders that adapt.py wrote, with ABX before and after, or NAME-LANGUAGE.json of abx")
+    add("--layer", type=positive, help="counted from 1 [of each model the one with the lowest errors]")
     add("--out", help="an SVG file")
     add = verb("quality", run_quality, "PNMI, purities, perplexity and bitrate of units")
     add("--units", required=True, help="as 'units' writes them")

@@ -1190,6 +1190,7 @@ def test_adapted_runs_are_compared(tmp_path, cli):
     code, out, err = cli(evaluate, "compare", *sorted(tmp_path.glob("[01o]*")), "--out", "picture.svg")
     assert code == 0 and re.search(r"plain, lora +1 +23.00 ± 4.00 +17.00 ± 4.00", out), out + err
     assert re.search(r"oracle +1 +3.00", out) and Path("picture.svg").read_text().count("<polyline") == 2
+    assert re.search(r"plain, lora +2 +24.00", cli(evaluate, "compare", *tmp_path.glob("[01]*"), "--layer", "2")[1])
     code, _, err = cli(evaluate, "compare", tmp_path)
     assert code == 2 and "no ABX there" in err
 
