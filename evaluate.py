@@ -843,8 +843,6 @@ def train_lm(arguments):
         require(getattr(o, name) >= 1, f"--{name.replace('_', '-')} {getattr(o, name)}: at least 1")
     require(o.dim >= 1 and o.dim % o.heads == 0, f"--dim {o.dim}: a multiple of --heads {o.heads}")
     require(o.lr > 0 and o.clip > 0 and 0 <= o.dropout < 1, "lr and clip are positive, dropout is in [0, 1)")
-    require(len(o.betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in o.betas),
-            "--betas are two numbers in [0, 1)")
     place = setup(o)
     torch.manual_seed(o.seed)
 

@@ -126,6 +126,9 @@ def parse_options(options, presets, config=None, argv=None, without=""):
     preset = given.setdefault("preset", preset_of(given.get("init", getattr(options, "init", ""))) or without_init)
     require(preset in presets, f"--preset {preset}: one of {', '.join(presets)}")
     require(given.get("seed", 0) >= 0, f"--seed {given.get('seed')}: not negative")
+    betas = given.get("betas", (0, 0))
+    require(len(betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas),
+            f"--betas {betas}: two numbers in [0, 1)")
     names = [field.name for field in fields(options)]
     chosen = replace(options(), **presets[preset])
     stretch = given.get("steps", chosen.steps) / chosen.steps if chosen.steps else 1
@@ -151,8 +154,6 @@ def check_options(o, config):
     for name in (*positive, "loaders", "keep_every", "supervised_every", "benchmark", *SCHEDULE):
         value, least = getattr(o, name), int(name in positive)
         require(value >= least, f"--{name.replace('_', '-')} {value}: {'at least 1' if least else 'not negative'}")
-    require(len(o.betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in o.betas),
-            f"--betas {o.betas}: two numbers in [0, 1)")
     require(o.weight_decay >= 0 and o.eps > 0, "weight_decay is not negative, eps is positive")
     require(0 <= o.lr_floor <= 1, f"--lr-floor {o.lr_floor}: from 0 to 1")
     require(o.lr > 0 and o.clip > 0 and 0 < o.mask_prob < 1, "lr and clip are positive, mask_prob lies in (0, 1)")
@@ -596,12 +597,17 @@ def main():
         if stopping and done < o.steps:
             stopped(log, done)
     if place.first:
-        summary(log, f"{o.steps} steps")
-        if not o.manifest:
-            import evaluate  # which builds on this file
+        ending(o, log)
 
-            evaluate.print_toy_abx(o.toy, {o.out: o.out})
-        print(f"next: python meta_train.py --init {o.out}   or   python evaluate.py")
+
+def ending(o, log):
+    """What was trained, what it is worth on the toy world, and what to type next."""
+    summary(log, f"{o.steps} steps")
+    if not o.manifest:
+        import evaluate  # which builds on this file
+
+        evaluate.print_toy_abx(o.toy, {o.out: o.out})
+    print(f"next: python meta_train.py --init {o.out}   or   python evaluate.py")
 
 
 def summary(log, what):
