@@ -673,7 +673,7 @@ def peak_flops(device, bf16):
         if part in name and bf16:
             return tflops * 1e12
     x = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    return max(2 * 2048**3 / timed(lambda: x @ x, device) for _ in range(5))
+    return max(2 * 2048**3 / timed(lambda: spidr.linear(x, x), device) for _ in range(5))
 
 
 def timed(work, device):

@@ -1179,9 +1179,6 @@ def test_pairs_from_audio(trained, tmp_path, monkeypatch):
         run_pairs("sblimp", *common, "0f")
 
 
-# ======== the README ========
-
-
 def test_adapted_runs_are_compared(tmp_path, cli):
     for seed, language, error in ((0, "goxi", 10), (0, "juthe", 14), (1, "goxi", 20), (1, "juthe", 20)):
         run = tmp_path / f"{seed}{language}"
@@ -1199,6 +1196,9 @@ def test_adapted_runs_are_compared(tmp_path, cli):
     assert re.search(r"plain, lora +2 +24.00", cli(evaluate, "compare", *tmp_path.glob("[01]*"), "--layer", "2")[1])
     code, _, err = cli(evaluate, "compare", tmp_path)
     assert code == 2 and "no ABX there" in err
+
+
+# ======== the README ========
 
 
 def test_the_readme_names_what_is_there():
