@@ -204,7 +204,7 @@ def main():
     optimizer = make_optimizer(model, o)
 
     # ---- resume
-    checkpoint, first, state = open_run(o, model.config, model, place), 0, None
+    checkpoint, first, state = open_run(o, model.config, model, place, rows), 0, None
     if checkpoint:
         spidr.load_state(model, checkpoint["unmerged"], o.out)
         optimizer.load_state_dict(checkpoint["optimizer"])

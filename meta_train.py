@@ -299,7 +299,7 @@ def main():
     delta = [torch.zeros_like(t) for t in phi]
 
     # ---- resume
-    checkpoint, at, done = open_run(o, model.config, model, place), (0, 0, 0), 0
+    checkpoint, at, done = open_run(o, model.config, model, place, episodes.rows), (0, 0, 0), 0
     if checkpoint:
         done, at = int(checkpoint["step"]), tuple(checkpoint["at"])
         ranks = checkpoint["ranks"]

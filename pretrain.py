@@ -215,9 +215,10 @@ def provenance(o, config, model, place):
     }
 
 
-def open_run(o, config, model, place):
-    """The run's folder: new, or to be resumed with the very same options. Returns the newest checkpoint, or None."""
-    out, record = Path(o.out), json.loads(json.dumps(provenance(o, config, model, place)))
+def open_run(o, config, model, place, rows=()):
+    """The run's folder: new, or to be resumed with the same options and audio. Returns its checkpoint, or None."""
+    audio = {"recordings": len(rows), "samples": sum(row.num_samples for row in rows)}
+    out, record = Path(o.out), json.loads(json.dumps(provenance(o, config, model, place) | {"audio": audio}))
     advice = "give another --out, or --restart"
     require(not out.exists() or out.is_dir(), f"--out {out} is a file")
     traces = [name for name in ("config.json", "last.pt", "metrics.jsonl") if (out / name).exists()]
@@ -229,12 +230,12 @@ def open_run(o, config, model, place):
         require("config.json" in traces, f"{out} holds {traces[0]} but no config.json: {advice}")
         try:
             old = json.loads((out / "config.json").read_text())
-            then, now = ({**r["options"], **r["model"], "ranks x accumulate": r["ranks"] * r["options"]["accumulate"]}
-                         for r in (old, record))
+            then, now = ({**r["options"], **r["model"], **r["audio"],
+                          "ranks x accumulate": r["ranks"] * r["options"]["accumulate"]} for r in (old, record))
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{out}/config.json is damaged: {advice}") from None
         differs = [f"{k} was {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v and k not in FREE]
-        require(not differs, f"{out} holds a run with other options: {advice}. {'; '.join(differs)}")
+        require(not differs, f"{out} holds a run of other options or audio: {advice}. {'; '.join(differs)}")
         if (out / "last.pt").exists():
             checkpoint = spidr.read_checkpoint(out / "last.pt")[1]
             require({"step", "log"} <= set(checkpoint), f"{out}/last.pt is no checkpoint to resume from")
@@ -566,7 +567,7 @@ def main():
     optimizer = make_optimizer(model, o)
 
     # ---- resume
-    checkpoint, first, state = open_run(o, config, model, place), 0, None
+    checkpoint, first, state = open_run(o, config, model, place, rows), 0, None
     if checkpoint:
         spidr.load_state(model, checkpoint["model"], o.out)
         optimizer.load_state_dict(checkpoint["optimizer"])

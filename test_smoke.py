@@ -1096,7 +1096,7 @@ def test_resume_is_bit_exact(trained, tmp_path):
         train(tmp_path / "parts", trained / "u.jsonl", *options)
     parts = train(tmp_path / "parts", trained / "u.jsonl", *options)
     assert parts["step"] == 12 and all(torch.equal(parts["model"][k], v) for k, v in whole["model"].items())
-    with pytest.raises(InputError, match="other options: .* lr was"):
+    with pytest.raises(InputError, match="other options or audio: .* lr was"):
         train(tmp_path / "parts", trained / "u.jsonl", *options, "--lr", 1)
     write_units_file(tmp_path / "other.jsonl", {"a": [1, 2]}, layer=4)
     with pytest.raises(InputError, match="layer is 4, wanted is 3"):
