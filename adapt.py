@@ -56,7 +56,7 @@ class Options(pretrain.Options):
     codebook_decay: float = 0.8  # of the codewords' sums and counts
     supervised_every: int = 0  # there are no labels
     supervised_layer: int = 1  # nor classifiers to train
-    language: str = "goxi"  # of the toy world
+    language: str = ""  # of the audio, all unless given; of the toy world, goxi unless given
 
 
 PRESETS = {
@@ -99,10 +99,14 @@ def subset(rows, seconds, seed):
 def audio_rows(o, place):
     if not o.audio:
         pretrain.make_toy(o, place)
+        o.language = o.language or data.TARGETS[0]
         require(o.language in data.TARGETS,
                 f"--language {o.language}: the toy world's new ones are {', '.join(data.TARGETS)}")
     path = o.audio or Path(o.toy) / "target" / f"{o.language}.csv"
     rows = data.check_audio(data.read_manifest(path), o.min_samples)
+    if o.language:
+        rows = [row for row in rows if row.language == o.language]
+        require(rows, f"--language {o.language}: no recordings in {path}")
     return subset(rows, data.parse_seconds(o.budget), o.seed) if o.budget else rows
 
 

@@ -796,6 +796,13 @@ def test_adaptation(cli, toy, meta_run):
         Path(f"{method}2", "abx_after.json").unlink()  # killed while scoring
         assert "nothing to do" in cli(*pieces)[1] and Path(f"{method}2", "abx_after.json").exists()
         same(weights(method), weights(f"{method}2"))
+    one = data.read_manifest(Path(toy, "train.csv"))[0].language
+    other = [adapt, *small, "--audio", Path(toy, "train.csv"), "--out", "other"]
+    assert cli(*other, "--language", one)[0] == 0
+    config = json.loads(Path("other/config.json").read_text())
+    assert config["audio"]["recordings"] < 10 and config["options"]["language"] == one
+    refused(cli(*other, "--language", "latin"), "--language latin: no recordings in")
+    refused(cli(*other, "--language", one, "--audio", Path(toy, "audio/train"), "--budget", "20s"), "recordings was")
 
 
 def test_low_rank_adapters():
