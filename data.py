@@ -68,7 +68,7 @@ def read_manifest(path):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(read_tsv(file, path) if path.suffix.lower() == ".tsv" else read_csv(file, path))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV or TSV manifest: {error}") from None
+        raise InputError(f"{path}: no kind of audio that is read, nor a CSV or TSV manifest: {error}") from None
     require(rows, f"{path}: an empty manifest")
     return rows
 
@@ -774,8 +774,8 @@ def check_toy(folder):
         version = json.loads(Path(folder, "toy.json").read_text())["version"]
     except (OSError, ValueError, KeyError, TypeError):
         version = None
-    require(version == TOY_VERSION, f"{folder} holds no toy world of this version of the code: name another --toy, or "
-            "remove it")
+    require(version == TOY_VERSION, f"{folder}: no toy world, or one of another version of the code: 'python data.py "
+            "toy FOLDER' makes one where there is nothing yet")
 
 
 # ======== the commands ========
@@ -807,6 +807,9 @@ def write_manifest(folder, out):
         print(f"{language:20} {amount:10.3f} h" if amount >= 1 else f"{language:20} {60 * amount:10.1f} min")
     for name, why in left_out:
         print(f"left out: {name}: {why}")
+    long = sum(row.num_samples > 20 * SAMPLE_RATE for row in rows)
+    if long:
+        print(f"{long} recordings are longer than 20 s: an epoch hears one crop of each; cut them into utterances")
     print(f"{out}: {len(rows)} recordings, {sum(hours.values()):.3f} h; {len(left_out)} left out")
 
 

@@ -75,10 +75,11 @@ class Encoder(NamedTuple):
         return layer - (self.layers - self.codebooks + 1)
 
     def layer(self, wanted, units=False):
-        """The layer asked for, or the middle one, where phones are clearest; for units one that has a codebook."""
+        """The layer asked for, or where phones are usually clearest: the second that has a codebook, or the middle."""
         require(self.codebooks or not units, f"{self.name} has no codebooks, so it makes no units")
         lowest = self.layers - self.codebooks + 1 if units else 1
-        layer = max(self.layers // 2, lowest) if wanted is None else wanted
+        usual = self.layers - self.codebooks + 2 if self.codebooks > 1 else max(self.layers // 2, lowest)
+        layer = usual if wanted is None else wanted
         require(lowest <= layer <= self.layers, f"--layer {layer}: {self.name} has "
                 f"{'units of ' if units else ''}layers {lowest} to {self.layers}")
         return layer
@@ -90,6 +91,7 @@ def load_encoder(name, device=None):
         return Encoder("mfcc", "", 1, 0, 0, 39, mfcc)
     if str(name) in BASELINES:
         return baseline(name, device)
+    require(Path(name).exists(), f"{name}: no such run or checkpoint, nor a baseline ({', '.join(BASELINES)})")
     return spidr_encoder(str(name), spidr.load(name, device))
 
 
@@ -203,11 +205,10 @@ def describe(encoder, layer):
 
 def write_features(args):
     encoder, out = load_encoder(args.model), Path(args.out)
-    layer, old = encoder.layer(args.layer), out / "meta.json"
-    meta, rows = json.dumps(describe(encoder, layer)) + "\n", data.read_manifest(args.audio)
-    require(not old.exists() or old.read_text() == meta, f"{out}: holds features of another model or layer")
+    layer, rows = encoder.layer(args.layer), data.read_manifest(args.audio)
+    require(not (out / "meta.json").exists(), f"{out} holds features already: name another folder, or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    old.write_text(meta)
+    (out / "meta.json").write_text(json.dumps(describe(encoder, layer)) + "\n")
     for fileid, (frames,) in extract(rows, encoder.encode, [layer - 1], args.longest):
         path = out / f"{fileid}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,6 +238,7 @@ def read_features(folder, files):
 
 def write_units(args):
     encoder, out = load_encoder(args.model), Path(args.out)
+    require(not out.exists(), f"{out} is there already: name another file, or remove it")
     layer, rows = encoder.layer(args.layer, units=True), data.read_manifest(args.audio)
     with open(f"{out}.part", "w", encoding="utf-8") as file:
         print(json.dumps(describe(encoder, layer) | dict(codewords=encoder.codewords)), file=file)
@@ -1249,7 +1251,7 @@ def parse(arguments=None):
         add("--model", required=True, help=models)
         add("--audio", required=True, help="a folder of audio, a manifest or one file")
         add("--out", required=True, help=what)
-        add("--layer", type=positive, help="counted from 1 [the middle one, or the first that has a codebook]")
+        add("--layer", type=positive, help="counted from 1 [the second that has a codebook; a baseline's middle one]")
         add("--longest", type=positive, default=60, help=longest)
     add = verb("abx", run_abx, "ABX error by layer")
     add("--items", required=True, help="an item file")

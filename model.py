@@ -158,8 +158,8 @@ def eager_cpu(x):
 
 
 def linear(x, weight, bias=None):
-    """F.linear. On a CPU PyTorch leaves it to MKL, which on AMD reaches four fifths of oneDNN's rate: with the large ones
-    by oneDNN a step of base takes an eighth less."""
+    """F.linear. On a CPU PyTorch leaves it to MKL, which on AMD has four fifths of oneDNN's rate: with large ones by
+    oneDNN a step of base takes an eighth less."""
     large = x.dtype == torch.float32 and weight.numel() >= 2**18
     by_onednn = large and eager_cpu(x) and torch.backends.mkldnn.is_available()
     return Product.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
@@ -681,8 +681,10 @@ def load(path, device="cpu"):
 def load_init(path, **changes):
     """What a stage starts from: the same network, and the phone inventories of its classifiers."""
     path, checkpoint = read_checkpoint(path)
-    model = SpidR(replace(read_config(path.parent / "config.json"), **changes))
-    return load_state(model, checkpoint["model"], path).eval(), checkpoint.get("inventories", {})
+    described = path.parent / "config.json"
+    model = SpidR(replace(read_config(described), **changes))
+    name = path if described.exists() else f"{path}, taken for base, since there is no {described}"
+    return load_state(model, checkpoint["model"], name).eval(), checkpoint.get("inventories", {})
 
 
 # ======== what the network looks like ========

@@ -561,7 +561,7 @@ def test_other_mistakes_are_one_line(cli, toy, tmp_path, reference_run):
         (["--betas", "0.9"], "--betas"),
         (["--conv-layers", "[5]"], "conv_layers: a list"),
         (["--alignments", "to.csv"], "language 'to'"),
-        (["--toy", "old"], "old holds no toy world of this version"),
+        (["--toy", "old"], "old: no toy world, or one of another version"),
         (["--out", "orphan"], "orphan holds last.pt but no config.json"),
     ):
         refused(cli(pretrain, *SMALL, "--toy", toy, *args), message)
@@ -966,18 +966,23 @@ def test_features_units_and_layers(speech, cli):
             alone[row.fileid] = [x[0] for x in net.encode(wav)], [x[0] for x in net.units(wav)]
     for fileid, outputs in evaluate.extract(rows, encoder.encode, range(4)):  # batched as alone
         assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(outputs, alone[fileid][0]))
-    assert [encoder.layer(None), encoder.layer(None, units=True), encoder.layer(4, units=True)] == [2, 2, 4]
+    assert [encoder.layer(None), encoder.layer(None, units=True), encoder.layer(4, units=True)] == [3, 3, 4]
     for layer in (2, 3, 4):  # K = 3 codebooks of L = 4 layers: codebook k belongs to layer 2 + k
-        cli(evaluate, "units", "--model", "run", "--audio", "audio", "--out", "u.jsonl", "--layer", layer)
+        Path("u.jsonl").unlink(missing_ok=True)
+        write = evaluate, "units", "--model", "run", "--audio", "audio", "--out", "u.jsonl", "--layer", layer
+        assert cli(*write)[0] == 0
+        refused(cli(*write), "u.jsonl is there already")
         header, units = evaluate.read_units("u.jsonl", layer=layer, hash=encoder.hash)
         assert header["codewords"] == 48 and units == {f: x[1][layer - 2].tolist() for f, x in alone.items()}
     for wrong in (dict(layer=2), dict(hash="0")):
         with pytest.raises(InputError, match=f"{next(iter(wrong))} is"):
             evaluate.read_units("u.jsonl", **wrong)
-    refused(cli(evaluate, "units", "--model", "run", "--audio", "audio", "--out", "u.jsonl", "--layer", 1), "--layer 1")
+    refused(cli(evaluate, "units", "--model", "run", "--audio", "audio", "--out", "v.jsonl", "--layer", 1), "--layer 1")
     with pytest.raises(InputError, match="1 fileids name more than one recording, such as 'a0'"):
         next(evaluate.extract([*rows, rows[0]], encoder.encode, [0]))
-    cli(evaluate, "features", "--model", "run", "--audio", "audio", "--out", "f", "--layer", 3)
+    write = evaluate, "features", "--model", "run", "--audio", "audio", "--out", "f", "--layer", 3
+    assert cli(*write)[0] == 0
+    refused(cli(*write), "f holds features already")
     features, meta = evaluate.read_features("f", ["a0", "a2", "missing"])
     assert sorted(features) == ["a0", "a2"] and meta["layer"] == 3
     assert torch.allclose(features["a2"], alone["a2"][0][2], atol=1e-5)
