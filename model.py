@@ -126,7 +126,7 @@ class Config:
         require(self.ema_timescale > 0 and self.init_std > 0, "ema_timescale and init_std are positive")
 
 
-# tiny: what learns in two minutes on two cores. Smaller throughout; group norm, because LayerNorm after every one of
+# tiny: what learns in minutes on two cores. Smaller throughout; group norm, because LayerNorm after every one of
 # so few channels does not get going in so few steps; wider initial feed-forward weights to keep a layer's gain at
 # a smaller width; a teacher that settles within hundreds of steps.
 PRESETS = {
@@ -165,22 +165,21 @@ def linear(x, weight, bias=None):
     return Product.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
-def onednn(x, weight, bias=None):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
 class Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return onednn(x, weight, bias)
+    def forward(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, gradient):
         (x, weight), (to_x, to_weight, to_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        flat = gradient.flatten(0, -2)
-        return (onednn(gradient, weight.T) if to_x else None,
-                onednn(flat.T, x.flatten(0, -2).T) if to_weight else None,
+        x, flat = x.flatten(0, -2).contiguous(), gradient.flatten(0, -2)  # windows of a single utterance still overlap
+        return (linear(gradient, weight.T) if to_x else None,
+                linear(flat.T, x.T) if to_weight else None,
                 flat.sum(0) if to_bias else None)
 
 

@@ -252,9 +252,9 @@ def test_a_large_product_is_the_same_by_whatever_library():
 
     linear, x = spidr.Linear(512, 768), torch.randn(2, 40, 512, requires_grad=True)
     check(linear(x), F.linear(x, linear.weight, linear.bias), x, linear.weight, linear.bias)
-    for channels, kernel, stride in (1, 10, 5), (512, 3, 2), (512, 2, 2):  # wide convolutions are products too
-        layer = spidr.ConvLayer(channels, 512, kernel, stride, "layer_norm", False)
-        x = torch.randn(2, channels, 43, requires_grad=True)
+    for batch, channels, kernel, stride in (2, 1, 10, 5), (2, 512, 3, 2), (1, 512, 3, 2), (2, 512, 2, 2):
+        layer = spidr.ConvLayer(channels, 512, kernel, stride, "layer_norm", False)  # a product too, as it is wide
+        x = torch.randn(batch, channels, 43, requires_grad=True)
         check(layer(x), F.gelu(F.layer_norm(layer.conv(x).mT, (512,)).mT), x, layer.conv.weight)
 
 
