@@ -230,7 +230,7 @@ def open_run(o, config, model, place, rows=()):
         require("config.json" in traces, f"{out} holds {traces[0]} but no config.json: {advice}")
         try:
             old = json.loads((out / "config.json").read_text())
-            then, now = ({**r["options"], **r["model"], **r["audio"],
+            then, now = ({**r["options"], **r["model"], **r.get("audio", {}),
                           "ranks x accumulate": r["ranks"] * r["options"]["accumulate"]} for r in (old, record))
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{out}/config.json is damaged: {advice}") from None
@@ -537,6 +537,9 @@ def initial_model(o, config, place):
 
 def compile_parts(model, o):
     if o.compile:
+        # Student and teacher share their code: shapes, B = 1, depths, no-grad and frozen inputs make a graph each, and
+        # after eight torch would silently go on without compiling.
+        torch._dynamo.config.recompile_limit = 64
         for part in model.feature_extractor, model.student, model.teacher:
             part.compile()
 
