@@ -115,13 +115,13 @@ class Episodes:
         self.labelled = defaultdict(list)
         for row in labelled:
             self.labelled[row.language].append(row)
-        tasks = make_tasks(self.rows, o, 0)
-        self.tasks = len(tasks)
-        for language, rows in tasks:  # so that what is too small is told now, not after hours
-            try:
-                data.Batches(rows, config, o, self.group)
-            except InputError as error:
-                raise InputError(f"a task of {language}: {error}") from None
+        self.tasks = len(make_tasks(self.rows, o, draw=0))
+        for draw in range(-(-o.updates * o.workers // self.tasks)):  # what is too small is told now, not after hours
+            for language, rows in make_tasks(self.rows, o, draw):
+                try:
+                    data.Batches(rows, config, o, self.group)
+                except InputError as error:
+                    raise InputError(f"a task of {language}: {error}") from None
         if o.method == "foblo" and o.outer_steps:
             for language in sorted({row.language for row in self.rows}):
                 require(self.labelled[language], f"language {language}: no alignments, which FOBLO's outer steps need")
