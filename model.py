@@ -336,9 +336,9 @@ class FeedForward(nn.Module):
         self.intermediate_dense = Linear(config.dim, config.ffn)
         self.dropout = nn.Dropout(config.ffn_dropout)
         self.output_dense = Linear(config.ffn, config.dim)
-        for linear in self.intermediate_dense, self.output_dense:
-            nn.init.normal_(linear.weight, std=config.init_std)
-            nn.init.zeros_(linear.bias)
+        for dense in self.intermediate_dense, self.output_dense:
+            nn.init.normal_(dense.weight, std=config.init_std)
+            nn.init.zeros_(dense.bias)
 
     def forward(self, x):
         return self.output_dense(self.dropout(F.gelu(self.intermediate_dense(x))))
