@@ -99,7 +99,17 @@ def metrics(run, name):
 
 
 # ======== the model: numbers of the released implementation ========
-# Weights and inputs by formula: golden values were computed with the released code on the same formulas (fp32, CPU).
+# Weights and inputs by formula: golden values were computed with the released code (spidr 0.2.0) on the same formulas in
+# float64. In float32 a gradient differs by 1e-4 from one CPU to the next, and ten steps later everything does.
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """All of a test in float64, also where the model asks for at least float32."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else x.to(torch.float32))
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def formula_model(dim, layers, ffn, codebooks, norm, phase):
@@ -124,13 +134,13 @@ def formula_model(dim, layers, ffn, codebooks, norm, phase):
 def formula_wav(samples, phase):
     t = torch.arange(2 * samples, dtype=torch.float64).reshape(2, samples)
     x = torch.sin(0.05 * t + phase) + 0.5 * torch.sin(0.31 * t) + 0.25 * torch.sin(1e-5 * t * t)
-    return ((x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True)).float()
+    return ((x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True)).to(torch.get_default_dtype())
 
 
-def formula_mask(frames):
+def formula_mask(frames):  # of each row the same number, as the released code has it
     mask = torch.zeros(2, frames, dtype=torch.bool)
     for b in range(2):
-        for start in range(b, frames, 7):
+        for start in range(b, frames - 7, 7):
             mask[b, start : start + 3] = True
     return mask
 
@@ -141,31 +151,32 @@ GRADIENTS = ("mask_embedding", "feature_extractor.conv_layers.0.conv.weight", "f
 GOLDEN = {
     "a": dict(
         shape=(32, 4, 64, 3, "layer_norm", 0.0), samples=8000, short=5600,
-        means=[-0.068430811, 0.0023375808, 0.0056034029, -0.010580029],
-        stds=[1.1103638, 0.14314909, 0.28284982, 0.18823056],
-        padded_stds=[1.2813268, 0.10189272, 0.28793332, 0.15957586],
-        codes=[74, 288, 140], codebooks=[12.627099, 13.569564, 12.264532], counts=[10.283773, 9.6134024, 9.9904099],
-        loss=2.1789868, target_ppl=2.4331634, pred_ppl=7.4804249, dinosr_loss=2.4676805, dinosr_pred_ppl=7.0574813,
-        gradients=[0.031014211, 0.13124508, 0.15204768, 0.32407868, 0.040752128, 0.61554754, 0.45797983],
-        losses=[2.1789868, 2.1281633, 2.076606, 1.9941634, 1.9686213, 1.8818535, 1.7322721, 1.6171389, 1.6114517,
-                1.5860569],
-        grad_norms=[1.7037923, 1.1864221, 1.212073, 1.6562686, 1.3716902, 4.7413816, 2.8925426, 7.5563869, 5.4478521,
-                    7.8182969],
-        student=43.338629, teacher=43.297219),
+        means=[-0.06843082501, 0.002337593169, 0.005603401169, -0.01058002837],
+        stds=[1.11036389, 0.1431490543, 0.2828498034, 0.1882305581],
+        padded_stds=[1.281326898, 0.1018927703, 0.2879333112, 0.1595758678], codes=[74, 288, 140],
+        codebooks=[11.98455295, 12.87419587, 11.77345743], counts=[9.783773259, 9.113401737, 9.490409157],
+        loss=2.19161268, target_ppl=2.516391706, pred_ppl=7.444892779, dinosr_loss=2.619952045,
+        dinosr_pred_ppl=6.749066456,
+        gradients=[0.0394977942, 0.09228775979, 0.0907356705, 0.2408829552, 0.06739591373, 0.7644195845, 0.6573377599],
+        losses=[2.19161268, 2.119192377, 2.058670269, 2.031851105, 1.939879551, 1.799617259, 1.56939585, 1.479058522,
+                1.435931985, 1.396225398],
+        grad_norms=[2.136034376, 2.150564194, 1.619436377, 2.357442625, 2.554353523, 4.557669394, 6.164023724,
+                    4.159987799, 8.048768002, 7.900943616],
+        student=43.33081, teacher=43.29313992),
     "b": dict(
         shape=(48, 6, 96, 4, "group_norm", 0.9), samples=12345, short=8641,
-        means=[-0.0045330045, 0.009319975, -0.00012306895, -0.019211765, -0.0060797427, 0.0021073776],
-        stds=[0.67040604, 0.30984062, 0.1493355, 0.52839881, 0.50153559, 0.29311147],
-        padded_stds=[0.71792388, 0.31593606, 0.15406893, 0.52341878, 0.51878649, 0.29221091],
-        codes=[456, 304, 76, 380], codebooks=[15.357209, 14.140772, 17.582842, 14.772215],
-        counts=[11.149175, 10.727863, 11.607954, 11.297107],
-        loss=2.2523887, target_ppl=2.2747943, pred_ppl=7.3938398, dinosr_loss=2.5910623, dinosr_pred_ppl=6.9688225,
-        gradients=[0.045757651, 0.058013819, 0.25987574, 0.33173722, 0.017165029, 1.7417138, 0.085397266],
-        losses=[2.2523887, 2.1942995, 2.0777693, 1.9799608, 1.9929805, 1.9499091, 1.9255986, 1.840516, 1.8172519,
-                1.8112028],
-        grad_norms=[2.3964438, 1.9771887, 4.65452, 2.6289916, 7.3819013, 9.1457415, 2.5443184, 2.1843312, 2.5212531,
-                    1.8357886],
-        student=63.413957, teacher=62.623651),
+        means=[-0.004532996917, 0.009319977948, -0.0001230618237, -0.01921176109, -0.006079740219, 0.002107376907],
+        stds=[0.6704062422, 0.3098406703, 0.1493355012, 0.5283986798, 0.5015356217, 0.2931114843],
+        padded_stds=[0.7179237256, 0.3159361135, 0.1540688748, 0.523418955, 0.5187865508, 0.2922108879],
+        codes=[456, 304, 76, 380], codebooks=[14.90637612, 14.07282896, 16.79396585, 14.68822171],
+        counts=[10.6491744, 10.22786231, 11.10795334, 10.79710613], loss=2.258704513, target_ppl=2.290736802,
+        pred_ppl=7.392083321, dinosr_loss=2.575550972, dinosr_pred_ppl=7.02563086,
+        gradients=[0.03563265246, 0.03390646271, 0.1558988423, 0.2611744489, 0.01225426116, 1.713413728, 0.08657695579],
+        losses=[2.258704513, 2.220932874, 2.114144019, 2.086112446, 1.967796662, 1.914135406, 1.828816761, 1.762432293,
+                1.742299403, 1.748205408],
+        grad_norms=[2.282315088, 1.972678411, 6.805448148, 6.223368195, 3.45598776, 4.855918369, 2.929739978,
+                    2.640220408, 3.429391333, 3.218941334],
+        student=63.41475824, teacher=62.6226736),
 }
 
 
@@ -173,40 +184,46 @@ def near(value, golden, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(value), np.asarray(golden), rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_the_released_implementation_s_numbers(name):
-    g = GOLDEN[name]
+def numbers(g):
+    """What GOLDEN has, of our model."""
     wav, lengths = formula_wav(g["samples"], g["shape"][-1]), torch.tensor([g["samples"], g["short"]])
     model = formula_model(*g["shape"]).eval()
     with torch.no_grad():
-        layers = model.encode(wav)
-        near([x.mean() for x in layers], g["means"], 1e-4)  # sums that nearly cancel
-        near([x.std() for x in layers], g["stds"])
-        assert model.units(wav).flatten(1).sum(1).tolist() == g["codes"]
+        layers, codes = model.encode(wav), model.units(wav).flatten(1).sum(1)
         # The released downsampler knows no padding; ours does, which matters to group norm: compare from there on.
         x, short = model.feature_projection(model.feature_extractor(wav)), num_frames(g["short"], model.config)
         valid = spidr.valid_frames(num_frames(lengths, model.config), x.shape[1], "cpu")
-        near([x[1, :short].std() for x in model.student(x, valid)[1]], g["padded_stds"])
+        padded = model.student(x, valid)[1]
 
-    model.train()
     mask = formula_mask(layers[0].shape[1])
-    loss, metrics = model(wav, mask)
+    loss, metrics = model.train()(wav, mask)
     loss.backward()
-    near([loss.item(), metrics["target_ppl"], metrics["pred_ppl"]], [g["loss"], g["target_ppl"], g["pred_ppl"]])
     gradients = dict(model.named_parameters())
-    near([gradients[n].grad.norm() for n in GRADIENTS], g["gradients"])
-    near([c.codebook.norm() for c in model.codebooks], g["codebooks"])
-    near([c.counts.sum() for c in model.codebooks], g["counts"])
-
-    model = formula_model(*g["shape"])
-    model.config.objective = "dinosr"
-    loss, metrics = model(wav, mask)
-    near([loss.item(), metrics["target_ppl"], metrics["pred_ppl"]],
-         [g["dinosr_loss"], g["target_ppl"], g["dinosr_pred_ppl"]])
+    dinosr = formula_model(*g["shape"])
+    dinosr.config.objective = "dinosr"
+    dinosr_loss, dinosr_metrics = dinosr(wav, mask)
+    return dict(
+        means=[x.mean() for x in layers], stds=[x.std() for x in layers], codes=codes,
+        padded_stds=[x[1, :short].std() for x in padded], gradients=[gradients[n].grad.norm() for n in GRADIENTS],
+        codebooks=[c.codebook.norm() for c in model.codebooks], counts=[c.counts.sum() for c in model.codebooks],
+        loss=loss.detach(), target_ppl=metrics["target_ppl"], pred_ppl=metrics["pred_ppl"],
+        dinosr_loss=dinosr_loss.detach(), dinosr_pred_ppl=dinosr_metrics["pred_ppl"])
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_ten_training_steps_of_the_released_implementation(name):
+def test_the_released_implementation_s_numbers(name, float64):
+    for key, value in numbers(GOLDEN[name]).items():
+        near(value, GOLDEN[name][key], 1e-6 if "ppl" in key else 1e-8)  # the released logarithms have an epsilon
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_float32_gives_them_too(name):
+    for key, value in numbers(GOLDEN[name]).items():
+        near(value, GOLDEN[name][key], 1e-3)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_ten_training_steps_of_the_released_implementation(name, float64):
     g = GOLDEN[name]
     model = formula_model(*g["shape"]).train()
     wav = formula_wav(g["samples"], g["shape"][-1])
@@ -216,11 +233,8 @@ def test_ten_training_steps_of_the_released_implementation(name):
     for step in range(10):
         m = pretrain.train_step(model, optimizer, [{"wav": wav, "mask": mask}], pretrain.lr_at(step, o), o, place)
         model.update_teacher(step + 1)
-        # Rounding grows tenfold a step here (weights off by 1e-8 end 1e-2 away): another CPU may round differently.
-        tolerance = min(1e-5 * 10 ** max(0, step - 1), 0.3)
-        near([m["loss"], m["grad_norm"]], [g["losses"][step], g["grad_norms"][step]], tolerance)
-    near(norm_of(model.student), g["student"], 1e-3)
-    near(norm_of(model.teacher), g["teacher"], 1e-3)
+        near([m["loss"], m["grad_norm"]], [g["losses"][step], g["grad_norms"][step]], 1e-7)
+    near([norm_of(model.student), norm_of(model.teacher)], [g["student"], g["teacher"]], 1e-7)
 
 
 def norm_of(module):
