@@ -154,12 +154,13 @@ RELEASED_NAMES = {
 
 
 def by_onednn(x):
-    return x.is_cpu and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available()
+    plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return x.is_cpu and plain and torch.backends.mkldnn.is_available()
 
 
 def linear(x, weight, bias=None):
-    """F.linear. On a CPU PyTorch leaves it to MKL, which on AMD has four fifths of oneDNN's rate where there is AVX-512,
-    and no less where there is not: there large ones by oneDNN save an eighth of a step of base."""
+    """F.linear. PyTorch leaves it to MKL. On an AMD CPU with AVX-512 oneDNN is a quarter faster at large ones, which is
+    an eighth of a step of base; without AVX-512 it is not."""
     large = x.dtype == torch.float32 and weight.numel() >= 2**18
     if large and by_onednn(x) and torch.backends.cpu.get_cpu_capability() == "AVX512":
         return Product.apply(x, weight, bias)
@@ -190,13 +191,13 @@ class Linear(nn.Linear):
 
 
 def convolve(x, layer):
-    """x [B, N, C] by an nn.Conv1d -> [B, N', C'].
+    """x [B, N, C] by an nn.Conv1d of stride or of padding -> [B, N', C'].
 
-    PyTorch first makes time contiguous for a conv1d, and oneDNN's kernels then make channels so. A conv2d over pictures
-    of height one keeps the layout that the norms want too: a seventh of a step of tiny on a CPU."""
+    A conv1d makes time contiguous, and then oneDNN's kernels make channels so. For a conv2d over pictures of height one
+    they are already, and for the norms too: a step of tiny takes a seventh less on a CPU."""
     if not by_onednn(x):
         return layer(x.mT).mT
-    if any(layer.padding):
+    if layer.groups > 1 or any(layer.padding):
         x = F.conv2d(x.mT[:, :, None], layer.weight[:, :, None], padding=(0, *layer.padding), groups=layer.groups)
         x = x[:, :, 0].mT
     else:
@@ -205,31 +206,28 @@ def convolve(x, layer):
 
 
 class Convolution(torch.autograd.Function):
-    """The gradient to the weight is oneDNN's slow one with channels together: here a matrix product for each of the
-    steps that a window spans, on views of the input."""
+    """oneDNN is slow at the gradient to the weight when channels are contiguous. Here it is a matrix product for every
+    `stride` taps of the kernel: what they see at all steps is a view of the input."""
 
     @staticmethod
-    def forward(x, weight, stride):
-        return F.conv2d(x.contiguous().mT[:, :, None], weight[:, :, None], stride=(1, stride))[:, :, 0].mT
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, ctx.stride = inputs
+    def forward(ctx, x, weight, stride):
         ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv2d(x.mT[:, :, None], weight[:, :, None], stride=(1, stride))[:, :, 0].mT
 
     @staticmethod
     def backward(ctx, gradient):
         (x, weight), stride, to_x, to_weight = ctx.saved_tensors, ctx.stride, None, None
         (N, C), (_, _, kernel), (_, frames, channels) = x.shape[1:], weight.shape, gradient.shape
         if ctx.needs_input_grad[0]:
-            unread = N - (frames - 1) * stride - kernel  # samples at the end, too few for a window
-            to_x = F.conv_transpose2d(gradient.contiguous().mT[:, :, None], weight[:, :, None], stride=(1, stride),
+            unread = N - (frames - 1) * stride - kernel  # samples at the end, too few for another step
+            to_x = F.conv_transpose2d(gradient.mT[:, :, None], weight[:, :, None], stride=(1, stride),
                                       output_padding=(0, unread))[:, :, 0].mT
         if ctx.needs_input_grad[1]:
-            x, to_weight = x.contiguous(), []
+            to_weight = []
             for tap in range(0, kernel, stride):
-                taps = x[:, tap:].unfold(1, min(stride, kernel - tap), stride)[:, :frames]  # [B, N', C, taps]
-                to_weight.append(gradient.mT.bmm(taps.mT.flatten(2)).sum(0))
+                seen = x[:, tap:].unfold(1, min(stride, kernel - tap), stride)[:, :frames]  # [B, N', C, taps]
+                to_weight.append(gradient.mT.bmm(seen.mT.flatten(2)).sum(0))
             to_weight = torch.cat(to_weight, 1).view(channels, kernel, C).mT
         return to_x, to_weight, None
 
@@ -265,19 +263,19 @@ class ConvLayer(nn.Module):
     def group_norm(self, wav, lengths):
         """The convolution of wav [B, N] and its norm, one group a channel: over the time that is no padding.
 
-        What the kernel sees has a mean and a covariance, and with them so has every channel before it is computed. So
-        the norm is but other weights for each utterance; a step of tiny takes 3% less on a CPU."""
+        A channel is a weighted sum of what the kernel sees, whose mean and covariance tell the channel's own. So the
+        norm becomes other weights and a shift for each utterance; a step of tiny takes 3% less on a CPU."""
         windows = wav.unfold(1, *self.conv.kernel_size, *self.conv.stride)  # [B, N', kernel], a view
-        weight, norm = self.conv.weight[:, 0], self.layer_norm  # a bias would cancel
-        seen = windows.to(torch.float32 if wav.device.type == "mps" else torch.float64)  # differences of near numbers
-        valid = valid_frames(lengths, seen.shape[1], wav.device)
+        seen = (windows.cpu() if wav.device.type == "mps" else windows).double()  # a covariance subtracts near numbers
+        weight, gain, bias = (p.to(seen.device) for p in (self.conv.weight[:, 0], *self.layer_norm.parameters()))
+        valid = valid_frames(lengths, seen.shape[1], seen.device)
         share = 1 / seen.shape[1] if valid is None else valid[..., None] / valid.sum(1)[:, None, None]
         mean = (seen * share).sum(1)  # [B, kernel]
         covariance = (seen * share).mT @ seen - mean[:, :, None] * mean[:, None]
-        wide = weight.to(seen.dtype)
-        scale = norm.weight * ((wide @ covariance * wide).sum(-1) + norm.eps).rsqrt()  # [B, C]
-        shift = norm.bias - scale * (mean @ wide.T)
-        return windows @ (weight * scale[..., None]).to(wav.dtype).mT + shift.to(wav.dtype)[:, None]
+        exact = weight.double()
+        scale = gain * ((exact @ covariance * exact).sum(-1) + self.layer_norm.eps).rsqrt()  # [B, C]
+        shift = bias - scale * (mean @ exact.T)  # a bias of the convolution would cancel
+        return windows @ (weight * scale[..., None]).to(wav).mT + shift.to(wav)[:, None]
 
 
 class Downsampler(nn.Module):

@@ -268,7 +268,7 @@ def test_products_and_convolutions_are_the_same_by_whatever_library():
     check(spidr.Product.apply(x, linear.weight, linear.bias), linear(x), x, linear.weight, linear.bias)
     for batch, channels, kernel, stride, padding, groups in (
             (2, 1, 10, 5, 0, 1), (2, 64, 3, 2, 0, 1), (1, 64, 3, 2, 0, 1), (2, 64, 2, 2, 0, 1), (2, 64, 7, 3, 0, 1),
-            (2, 64, 5, 1, 2, 1), (2, 64, 5, 1, 2, 8)):
+            (2, 64, 5, 1, 2, 1), (2, 64, 5, 1, 2, 8), (2, 64, 1, 1, 0, 8)):
         layer = torch.nn.Conv1d(channels, 64, kernel, stride, padding, groups=groups)
         for samples in 42, 43:
             x = torch.randn(batch, samples, channels, requires_grad=True)
