@@ -99,8 +99,8 @@ def metrics(run, name):
 
 
 # ======== the model: numbers of the released implementation ========
-# Weights and inputs by formula: golden values were computed with the released code (spidr 0.2.0) on the same formulas in
-# float64. In float32 a gradient differs by 1e-4 from one CPU to the next, and ten steps later everything does.
+# Weights and inputs by formula: golden values were computed with the released code (spidr 0.2.0) on the same formulas,
+# in float64. In float32 a gradient differs by 1e-4 from one CPU to the next, and ten steps later everything does.
 
 
 @pytest.fixture
@@ -218,8 +218,9 @@ def test_the_released_implementation_s_numbers(name, float64):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_float32_gives_them_too(name):
+    tolerance = {"gradients": 1e-3, "means": 1e-4}  # sums that nearly cancel
     for key, value in numbers(GOLDEN[name]).items():
-        near(value, GOLDEN[name][key], 1e-3)
+        near(value, GOLDEN[name][key], tolerance.get(key, 1e-5))
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -469,20 +470,21 @@ def test_a_run_can_start_from_another(cli, toy, reference_run):
     refused(cli(*more, "--out", "other", "--dim", 32), "--init brings its own network")
 
 
-@pytest.mark.parametrize("loaders, blows", [(0, [signal.SIGTERM]), (2, [signal.SIGINT, signal.SIGKILL])])
-def test_killed_and_restarted_gives_the_same_bits(toy, reference_run, tmp_path, loaders, blows):
-    command = [HERE / "pretrain.py", *SMALL, "--toy", toy, "--out", "run", "--loaders", loaders]
+@pytest.mark.parametrize("loaders", [0, 2])
+def test_killed_and_restarted_gives_the_same_bits(cli, toy, reference_run, tmp_path, loaders):
+    command = [*SMALL, "--toy", toy, "--out", "run", "--loaders", loaders]
     last = tmp_path / "run" / "last.pt"
     written = lambda: last.stat().st_mtime_ns if last.exists() else None
-    for blow in blows:  # to the process and all of its loaders, after another checkpoint
-        before, process = written(), start(*command, cwd=tmp_path)
+    # To the process and all of its loaders, after another checkpoint.
+    for blow in (signal.SIGINT if loaders else signal.SIGTERM, signal.SIGKILL):
+        before, process = written(), start(HERE / "pretrain.py", *command, cwd=tmp_path)
         while process.poll() is None and written() == before:
             time.sleep(0.02)
         if process.poll() is None:
             os.killpg(process.pid, blow)
         _, err = process.communicate(timeout=60)
         assert process.returncode in (143, -signal.SIGKILL, 0) and "Traceback" not in err
-    launch(*command, cwd=tmp_path)
+    assert cli(pretrain, *command)[0] == 0
     same(weights(tmp_path / "run"), weights(reference_run))
     assert metrics(tmp_path / "run", "audio_seconds")[-1] == metrics(reference_run, "audio_seconds")[-1]
 
@@ -738,18 +740,18 @@ def test_meta_training_saves_a_step_once(cli, toy, reference_run, monkeypatch):
     assert [at for _, at in saved if at[1:] == (0, 0)] == [(1, 0, 0), (2, 0, 0)]
 
 
-def test_meta_training_resumes_anywhere(toy, reference_run, meta_run, tmp_path):
-    command = [HERE / "meta_train.py", *meta(toy, reference_run, "--out", "run", "--save-every", 1)]
+def test_meta_training_resumes_anywhere(cli, toy, reference_run, meta_run, tmp_path):
+    command = meta(toy, reference_run, "--out", "run", "--save-every", 1)
     seen = set()
     for _ in range(3):  # in the inner loop, in the outer loop, between
-        process = start(*command, cwd=tmp_path)
+        process = start(HERE / "meta_train.py", *command, cwd=tmp_path)
         while process.poll() is None and {p.name for p in tmp_path.glob("run/worker_0_*")} <= seen:
             time.sleep(0.01)
         time.sleep(0.1)
         process.kill()
         process.communicate()
         seen |= {p.name for p in tmp_path.glob("run/worker_0_*")}
-    launch(*command, cwd=tmp_path)
+    assert cli(meta_train, *command)[0] == 0
     same(phi_of(tmp_path / "run"), phi_of(meta_run))
 
 
