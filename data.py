@@ -1,19 +1,24 @@
-"""Audio in: manifests, reading, batches, masks, alignments, and the toy world.
+"""The audio that the network trains on: batches, crops, masks and phones.
 
-    python data.py manifest FOLDER OUT.csv     lists a folder's audio, hours by language, what was left out and why
-    python data.py toy FOLDER                  writes the toy world to listen to
+Recordings of like length make a batch, and all of them are cropped at random to the shortest one:
+nothing is padded. Each crop is standardised, and about half of its frames are masked (1). For a
+supervised step (7) a batch is of one language and has a phone for each frame. Batch i is a function
+of the seed and of i alone: neither the number of loaders nor a restart changes it.
 
-A manifest is a CSV (fileid,path,num_samples[,language][,speaker]; num_frames will do), a fairseq TSV, or just a folder.
-num_samples counts at 16 kHz, whatever the rate of the file. An alignment file is a CSV fileid,phones,language with a
-phone every 10 ms. Order, crops and masks are pure functions of (seed, epoch, index): neither the number of workers nor
-a restart changes them.
+    python data.py manifest FOLDER OUT.csv    lists the audio of a folder, and what is left out
+    python data.py toy FOLDER                 writes the toy world, to listen to
+
+A manifest is a CSV with a line for each recording and the columns fileid, path, num_samples (or
+num_frames) and, where they are known, language and speaker; or a fairseq TSV; or just a folder of
+audio. Lengths are counted at 16 kHz, whatever the rate of the file. Alignments are a CSV with the
+columns fileid, phones and language: phones with spaces between them, one every 10 ms.
 """
 
 import csv
 import json
 import math
-import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,7 +26,8 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import combinations, cycle, islice, product
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,183 +36,352 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from model import InputError, num_frames, require, run
+from model import InputError, die_with_parent, num_frames, require, run
 
 SAMPLE_RATE = 16000
-PHONE = 160  # samples in a frame of an alignment: 100 Hz
-AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf")
-UNKNOWN_PHONES = ("", "UNK", "unk", "<unk>", "SPN", "spn", "PAD", "<pad>")  # ignored in the loss
-IGNORED = -100
+PHONE = 160  # samples for each phone of an alignment: 10 ms
+IGNORED = -100  # the class of a frame that counts in no loss, as its phone is not known
 
+
+# ======== masks ========
+
+
+def make_mask(batch, frames, rng, prob=0.8, span=10):
+    """[B, T] bool, for (1): overlapping spans, about half of all frames, as many in each row."""
+    span = min(span, max(1, frames // 2))  # a crop shorter than a span still shows something
+    mask = np.zeros((batch, frames), dtype=bool)
+    for row in mask:
+        spans = max(2, int(prob * frames / span + rng.random()))
+        starts = rng.choice(frames - span + 1, min(spans, frames - span + 1), replace=False)
+        row[starts[:, None] + np.arange(span)] = True
+    fewest = mask.sum(1).min(initial=frames)
+    for row in mask:
+        masked = np.flatnonzero(row)
+        row[rng.choice(masked, len(masked) - fewest, replace=False)] = False
+    return mask
+
+
+# ======== batches ========
+# Randomness for one purpose has its own number after the seed, the stream: 0 unlabelled batches,
+# 1 labelled ones, 2 validation; in meta-training 4 chunks, 5 their order, 6 and 7 the batches of an
+# episode; 8 forgetting; 9 the budget of adapt.py.
+
+
+def make_buckets(lengths, index, budget, ratio=1.2):
+    """Sorts the recordings `index` into buckets: [(recordings, how many of them make a batch)].
+
+    The longest recording of a bucket is at most `ratio` times as long as the shortest.
+    """
+    index = index[np.argsort(lengths[index], kind="stable")]
+    ordered, buckets, first = lengths[index], [], 0
+    while first < len(index):
+        end = int(np.searchsorted(ordered, ordered[first] * ratio, side="right"))
+        buckets.append((index[first:end], max(1, budget // int(ordered[end - 1]))))
+        first = end
+    return buckets
+
+
+class Order:
+    """Which recordings make batch i, for any i.
+
+    A bucket is cut into batches of at most `budget` samples. An epoch shuffles each bucket, and
+    then the batches. `group` batches make an optimizer step, one for each rank and micro-batch;
+    where the languages are given, the batches of a step share a language.
+    """
+
+    def __init__(self, lengths, budget, group, seed, languages=None):
+        self.lengths, self.group, self.seed = lengths, group, seed
+        self.labelled = languages is not None
+        names = np.array(languages if self.labelled else [""] * len(lengths))
+        members = [np.flatnonzero(names == name) for name in np.unique(names)]
+        self.buckets = [make_buckets(lengths, index, budget) for index in members]
+        self.per_epoch = len(self.epoch(0))
+        require(self.per_epoch, f"{len(lengths)} recordings: their batches are too few for {group} "
+                "ranks x micro-batches; take fewer of these, or smaller batches")
+
+    @lru_cache(maxsize=4)
+    def epoch(self, number):
+        """The batches of an epoch, each an array of recordings, `group` for each step."""
+        rng, steps = np.random.default_rng([*self.seed, number]), []
+        for buckets in self.buckets:  # of a language, or of everything
+            batches = []
+            for bucket, size in buckets:
+                bucket = rng.permutation(bucket)
+                batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+            # The last step may lack batches. It is then dropped, or, of labelled audio, completed
+            # from the beginning: a small language is heard twice rather than never.
+            whole = math.ceil if self.labelled else math.floor
+            count = whole(len(batches) / self.group)
+            batches = list(islice(cycle(batches), count * self.group))
+            steps += [batches[i : i + self.group] for i in range(0, len(batches), self.group)]
+        return [batch for i in rng.permutation(len(steps)) for batch in steps[i]]
+
+    def __getitem__(self, i):
+        """The epoch of batch i, its number in the epoch, and its recordings."""
+        epoch, number = divmod(i, self.per_epoch)
+        return epoch, number, self.epoch(epoch)[number]
+
+
+class Batches:
+    """Batch i, for any i: audio, a mask and, given classes {fileid: phones}, a phone a frame."""
+
+    def __init__(self, rows, config, options, group=1, classes=None, stream=(0,)):
+        self.rows, self.config, self.options, self.classes = rows, config, options, classes
+        self.seed = (options.seed, *stream)
+        lengths = np.minimum([row.num_samples for row in rows], options.max_samples)
+        languages = None if classes is None else [row.language for row in rows]
+        self.order = Order(lengths, options.batch_samples, group, self.seed, languages)
+        self.per_epoch = self.order.per_epoch
+
+    def __getitem__(self, i):
+        o, (epoch, number, index) = self.options, self.order[i]
+        shortest = int(self.order.lengths[index].min())
+        crop = shortest // o.crop_multiple * o.crop_multiple or shortest  # of few lengths
+        frames = num_frames(crop, self.config)
+        wavs = torch.zeros(len(index), crop)  # [B, N]
+        rng = np.random.default_rng([*self.seed, epoch, number, 2])
+        mask = make_mask(len(index), frames, rng, o.mask_prob, o.mask_span)  # [B, T]
+        phones = np.full((len(index), frames), IGNORED, dtype=np.int64)  # [B, T]
+        bad = []
+        for b, j in enumerate(index):
+            row, rng = self.rows[j], np.random.default_rng([*self.seed, epoch, j, 1])
+            start = int(rng.integers(row.num_samples - crop + 1))
+            try:
+                wavs[b] = standardise(read_audio(row.path, start, crop))
+            except InputError as error:  # It stays silence, of which nothing counts in the loss.
+                bad.append((row.path, f"{row.where}: {error}"))
+                mask[b] = False
+                continue
+            if self.classes is not None:
+                phones[b] = phones_of_crop(self.classes[row.fileid], start, frames)
+        batch = {"wav": wavs, "mask": torch.from_numpy(mask), "bad": bad}
+        if self.classes is not None:
+            batch |= {"phones": torch.from_numpy(phones), "language": self.rows[index[0]].language}
+        return batch
+
+
+def phones_of_crop(classes, start, frames):
+    """Classes at 50 Hz for a crop from sample `start` on: every second one, from the nearest."""
+    at = (start + PHONE // 2) // PHONE + 2 * np.arange(frames)
+    return np.where(at < len(classes), classes[np.minimum(at, len(classes) - 1)], IGNORED)
+
+
+# ======== plumbing: skip at first reading ========
 
 # ======== manifests ========
 
+AUDIO = ".wav .flac .ogg .opus .mp3 .aif .aiff .au .w64 .caf".split()
+
 
 class Row(NamedTuple):
+    """A recording."""
+
     fileid: str
     path: str
     num_samples: int  # at 16 kHz
     language: str = ""
     speaker: str = ""
-    where: str = ""  # "manifest:line", for messages
+    where: str = ""  # what messages call it: "manifest:line: path", or the path alone
 
 
-def read_manifest(path):
-    """The rows of a CSV or a fairseq TSV, or of a folder or a file of audio."""
+def read_manifest(path, only=None):
+    """The rows of a manifest, of a folder or of one file; with `only`, those of these fileids."""
     path = Path(path)
     require(path.exists(), f"{path}: no such manifest, folder or file")
     if path.is_dir():
-        rows, left_out = scan_folder(path)
+        rows, left_out = scan_folder(path, only)
         for name, why in left_out:
             print(f"left out: {name}: {why}", file=sys.stderr)
-        return rows
-    if path.suffix.lower() in AUDIO:
+    elif path.suffix.lower() in AUDIO:
         samples, problem = inspect(path)
         require(not problem, f"{path}: {problem}")
-        return [Row(path.stem, str(path), samples, where=str(path))]
+        rows = [Row(path.stem, str(path), samples, where=str(path))]
+    else:
+        rows = read_table(path, read_tsv if path.suffix.lower() == ".tsv" else read_csv)
+        require(rows, f"{path}: an empty manifest")
+    return [row for row in rows if only is None or row.fileid in only]
+
+
+def read_table(path, read):
+    """What `read` makes of a text file."""
+    csv.field_size_limit(2**31 - 1)  # an hour of phones is one field
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(read_tsv(file, path) if path.suffix.lower() == ".tsv" else read_csv(file, path))
+            return read(file, path)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: no kind of audio that is read, nor a CSV or TSV manifest: {error}") from None
-    require(rows, f"{path}: an empty manifest")
-    return rows
+        raise InputError(f"{path}: no audio that is read, nor a CSV or TSV: {error}") from None
 
 
 def read_csv(file, path):
-    lines = csv.reader(file)
+    lines, rows = csv.reader(file), []
     header = next(lines, [])
     length = "num_frames" if "num_frames" in header else "num_samples"
     for column in ("path", length):
-        require(column in header, f"{path}:1: the header has no column {column!r}; it reads {','.join(header)!r}")
-    at = [header.index(name) if name in header else None for name in ("fileid", "path", length, "language", "speaker")]
-    folder, name = "" if path.parent == Path() else path.parent, str(path)
-    for number, line in enumerate(lines, 2):  # a million times: checks before messages, nothing made in vain
+        require(column in header, f"{path}:1: the header has no column {column!r}")
+    names = ("fileid", "path", length, "language", "speaker")
+    # What has no column is read from an empty field that is added at the end of each line.
+    pick = itemgetter(*(header.index(name) if name in header else -1 for name in names))
+    folder = "" if path.parent == Path() else str(path.parent)
+    for line in filter(None, lines):
+        where = f"{path}:{lines.line_num}"
         if len(line) != len(header):
-            require(not line, f"{name}:{number}: {len(line)} columns, the header has {len(header)}")
-            continue
-        fileid, audio, samples, language, speaker = ("" if i is None else line[i] for i in at)
-        if not samples.isdigit() or samples == "0":
-            raise InputError(f"{name}:{number}: {samples!r} is not a number of samples")
+            raise InputError(f"{where}: {len(line)} columns, the header has {len(header)}")
+        fileid, audio, samples, language, speaker = pick([*line, ""])
+        number = int(samples) if samples.isdecimal() else 0
+        if not number:
+            raise InputError(f"{where}: {samples!r} is not a number of samples")
+        audio = os.path.join(folder, audio)
         fileid = fileid or Path(audio).stem
-        yield Row(fileid, os.path.join(folder, audio), int(samples), language, speaker, f"{name}:{number}")
+        rows.append(Row(fileid, audio, number, language, speaker, f"{where}: {audio}"))
+    return rows
 
 
 def read_tsv(file, path):
-    root, lines = file.readline().rstrip("\r\n"), []
-    require("\t" not in root, f"{path}:1: the first line of a TSV manifest is the root folder, alone")
-    for number, line in enumerate(file, 2):
-        name, _, samples = line.rstrip("\r\n").partition("\t")
-        require(samples.isdigit() or not line.strip(), f"{path}:{number}: expected 'relative path<TAB>samples'")
-        if samples:
-            lines.append((Path(name), int(samples), f"{path}:{number}"))
-    ids = file_ids([name for name, _, _ in lines])
-    return [Row(id, os.path.join(path.parent, root, name), n, where=where) for id, (name, n, where) in zip(ids, lines)]
+    root, *lines = file.read().rstrip().splitlines() or [""]
+    rows = []
+    for number, line in enumerate(lines, 2):
+        name, _, samples = line.partition("\t")
+        require(samples.isdecimal(), f"{path}:{number}: expected 'relative path<TAB>samples'")
+        audio = os.path.join(path.parent, root, name)
+        rows.append(Row(name, audio, int(samples), where=f"{path}:{number}: {audio}"))
+    ids = file_ids([Path(row.fileid) for row in rows])
+    return [row._replace(fileid=fileid) for row, fileid in zip(rows, ids)]
 
 
 def file_ids(names):
-    """The names without folder and suffix; where that is not unique without suffix alone, or as they are."""
-    shorter = [[name.stem, str(name.with_suffix("")), str(name)] for name in names]
-    count = [Counter(column) for column in zip(*shorter)]
-    return [next(id for i, id in enumerate(ids) if count[i][id] == 1 or i == 2) for ids in shorter]
+    """The paths' names without folder and suffix; those that are not unique keep more of it."""
+    ids = [name.stem for name in names]
+    for longer in (lambda name: str(name.with_suffix("")), str):
+        count = Counter(ids)
+        ids = [id if count[id] == 1 else longer(name) for id, name in zip(ids, names)]
+    return ids
 
 
-def scan_folder(folder, minimum=2000):
-    """The rows of a folder's audio (language: its first sub-folder), and (name, why) of what was left out."""
-    folder = Path(folder)
+def file_name(fileid, where):
+    """The fileid, which is to name a file in a folder: one that leads out of it is refused."""
+    leads_out = {"", ".", ".."} & set(re.split(r"[/\\]", fileid))
+    require(not leads_out, f"{where}: the fileid {fileid!r} cannot name a file within a folder")
+    return fileid
+
+
+def scan_folder(folder, only=None, minimum=2000):
+    """The rows of a folder's audio, and [(file, why)] of what is left out.
+
+    The first sub-folder is the language. With `only`, other files are not even opened.
+    """
+    folder, rows, left_out = Path(folder), [], []
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    paths = [p for p in files if p.suffix.lower() in AUDIO]
-    require(paths, f"{folder}: no audio in this folder ({', '.join(AUDIO)})")
-    ids = file_ids([path.relative_to(folder) for path in paths])
-    others = Counter(p.suffix.lower() or "no suffix" for p in files if p.suffix.lower() not in AUDIO)
-    rows, left_out = [], [(f"{n} x {suffix}", "not a kind of audio that is read") for suffix, n in others.items()]
+    names = [path.relative_to(folder) for path in files if path.suffix.lower() in AUDIO]
+    require(names, f"{folder}: no audio in this folder ({', '.join(AUDIO)})")
+    wanted = [pair for pair in zip(file_ids(names), names) if only is None or pair[0] in only]
+    for suffix, count in Counter(path.suffix.lower() for path in files).items():
+        if suffix not in AUDIO and only is None:
+            left_out.append((f"{count} x {suffix or 'no suffix'}", "not a kind of audio we read"))
     with ThreadPoolExecutor(8) as pool:
-        found = tqdm(pool.map(lambda path: inspect(path, minimum), paths), total=len(paths), desc=str(folder),
-                     unit="file", leave=False, disable=None)
-        for path, fileid, (samples, problem) in zip(paths, ids, found):
-            name = path.relative_to(folder)
+        found = pool.map(lambda pair: inspect(folder / pair[1], minimum), wanted)
+        bar = tqdm(found, str(folder), len(wanted), unit="file", leave=False, disable=None)
+        for (fileid, name), (samples, problem) in zip(wanted, bar):
+            language = name.parts[0] if len(name.parts) > 1 else ""
+            path = str(folder / name)
             if problem:
                 left_out.append((str(name), problem))
-                continue
-            language = name.parts[0] if len(name.parts) > 1 else ""
-            rows.append(Row(fileid, str(path), samples, language, where=str(path)))
-    if not rows:
-        raise InputError(f"{folder}: none of its {len(paths)} files is usable; one of them: {' '.join(left_out[-1])}")
+            else:
+                rows.append(Row(fileid, path, samples, language, where=path))
+    if not rows and only is None:
+        name, why = left_out[-1]
+        raise InputError(f"{folder}: none of its {len(names)} files is usable; {name}: {why}")
     return rows, left_out
 
 
 def inspect(path, minimum=0):
-    """A file's length in samples at 16 kHz, and what is wrong with it, if anything: its end is read as well."""
-    if not Path(path).exists():
-        return 0, "no such file"
+    """A file's length in samples at 16 kHz, and what is wrong with the file, or ""."""
+    length = 0
     try:
+        require(Path(path).exists(), "no such file")
         with soundfile.SoundFile(path) as file:
-            length = -(-file.frames * SAMPLE_RATE // file.samplerate)  # rounded up, as the resampler does
+            length = math.ceil(file.frames * SAMPLE_RATE / file.samplerate)  # as the resampler does
             if file.samplerate != SAMPLE_RATE:
-                resampler(file.samplerate)  # if torchaudio does not load, that is said now
-            if file.frames == 0:
-                return 0, "an empty recording"
+                resampler(file.samplerate)  # says now if torchaudio does not load
             tail = min(file.frames, file.samplerate)
             file.seek(file.frames - tail)
-            end = file.read(tail, dtype="float32", always_2d=True)
-            if len(end) < tail:
-                return length, "cut short"
-            if not np.isfinite(end).all():
-                return length, "samples that are not numbers"
-            if np.ptp(end) == 0:  # a silent end: is there anything before it?
+            end = file.read(tail, dtype="float32")
+            require(tail and len(end) == tail, "empty or cut short")
+            require(np.isfinite(end).all(), "samples that are not numbers")
+            if np.ptp(end) == 0:  # The end is silent. Is all of it?
                 file.seek(0)
-                if np.ptp(file.read(dtype="float32")) == 0:
-                    return length, "silent throughout"
+                require(np.ptp(file.read(dtype="float32")) > 0, "silent throughout")
+        require(length >= minimum, f"{length} samples at 16 kHz, under the minimum of {minimum}")
+    except InputError as error:
+        return length, str(error)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         return 0, f"not audio that can be read, or cut short ({error})"
-    return length, f"{length} samples at 16 kHz, under the minimum of {minimum}" if length < minimum else ""
-
-
-def parse_seconds(text):
-    for unit, seconds in (("min", 60), ("h", 3600), ("s", 1)):
-        if text.endswith(unit) and text.removesuffix(unit).replace(".", "", 1).isdigit():
-            return float(text.removesuffix(unit)) * seconds
-    raise InputError(f"--budget {text!r}: an amount of time like 10min, 1h or 90s")
+    return length, ""
 
 
 def check_audio(rows, minimum, most=2000):
-    """The same rows, their files opened and measured (of a long manifest `most`, evenly): before hours are spent."""
-    short = next((row for row in rows if row.num_samples < minimum), None)
-    if short:
-        raise InputError(f"{short.where}: {short.path}: {short.num_samples} samples, under the minimum of {minimum}: "
-                         "remove the row ('data.py manifest' lists what can be used)")
-    chosen = rows[:: max(1, -(-len(rows) // most))]
+    """The same rows, after a look at their files, so that mistakes show before hours are spent.
+
+    Of a long manifest only `most` files are opened, evenly spread.
+    """
+    for row in rows:
+        if row.num_samples < minimum:
+            raise InputError(f"{row.where}: {row.num_samples} samples, under the minimum of "
+                             f"{minimum}: remove the row ('data.py manifest' lists what will do)")
+    chosen = rows[:: math.ceil(len(rows) / most) or 1]
     with ThreadPoolExecutor(8) as pool:
-        for row, (length, problem) in zip(chosen, pool.map(lambda row: inspect(row.path, minimum), chosen)):
-            require(not problem, f"{row.where}: {row.path}: {problem}")
-            require(length == row.num_samples, f"{row.where}: {row.path}: {row.num_samples} samples stated, the file "
-                    f"has {length} at 16 kHz ('data.py manifest' counts them)")
+        found = pool.map(lambda row: inspect(row.path, minimum), chosen)
+        for row, (length, problem) in zip(chosen, found):
+            require(not problem, f"{row.where}: {problem}")
+            require(length == row.num_samples, f"{row.where}: {row.num_samples} samples stated, "
+                    f"the file has {length} at 16 kHz ('data.py manifest' counts them)")
     return rows
+
+
+def parse_seconds(text):
+    found = re.fullmatch(r"(\d*\.?\d+)(min|h|s)", text)
+    require(found, f"--budget {text!r}: an amount of time like 10min, 1h or 90s")
+    return float(found[1]) * {"min": 60, "h": 3600, "s": 1}[found[2]]
 
 
 # ======== reading ========
 
 
 def read_audio(path, start=0, samples=None):
-    """Samples start .. start + samples of a file, counted at 16 kHz, mono, float32; only those are decoded."""
+    """[N]: `samples` samples of a file from `start` on, counted at 16 kHz, the channels averaged.
+
+    Only these are decoded, and a margin around them: the resampling filter looks to both sides, and
+    a frame of MP3 depends on those before it.
+    """
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
-            g = math.gcd(rate, SAMPLE_RATE)
-            new, old = SAMPLE_RATE // g, rate // g  # `new` samples at 16 kHz are `old` of the file, exactly
-            # More around the crop, for the resampling filter, and for MP3, whose frames need those before them.
             margin = 16_000 if file.format == "MP3" else 0 if rate == SAMPLE_RATE else 160
+            # `new` samples at 16 kHz last exactly as long as `old` of the file, so begin where
+            # samples of both coincide.
+            new, old = (n // math.gcd(rate, SAMPLE_RATE) for n in (SAMPLE_RATE, rate))
             first = max(0, start - margin) // new * new
-            count = -1 if samples is None else -(-(start + samples + margin - first) // new) * old
+            count = -1  # to the end
+            if samples is not None:
+                count = math.ceil((start + samples + margin - first) / new) * old
             file.seek(min(first // new * old, file.frames))
             wav = torch.from_numpy(file.read(count, dtype="float32", always_2d=True).mean(1))
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(str(error)) from None
     if rate != SAMPLE_RATE and len(wav):
         wav = resampler(rate)(wav)
     wav = wav[start - first :][:samples]
-    require(len(wav) == (samples or max(1, len(wav))), f"{path}: cut short at sample {start + len(wav)}")
+    require(len(wav) == (samples or max(1, len(wav))), f"cut short at sample {start + len(wav)}")
     return wav
+
+
+def standardise(wav):
+    """Mean 0 and variance 1: what the network expects."""
+    wav = wav - wav.mean()
+    std = wav.square().mean().sqrt()
+    require(bool(torch.isfinite(std)), "samples that are not numbers")
+    require(float(std) > 1e-7, "silence")
+    return wav / std
 
 
 @lru_cache(maxsize=8)
@@ -222,567 +397,89 @@ def import_torchaudio(what):
     return torchaudio
 
 
-def standardise(wav):
-    """Mean 0, variance 1: what the network expects."""
-    wav = wav - wav.mean()
-    std = wav.square().mean().sqrt()
-    require(bool(torch.isfinite(std)), "samples that are not numbers")
-    require(float(std) > 1e-7, "silence")
-    return wav / std
+def loader_init(_):
+    """Prepares a process that reads audio (worker_init_fn of a DataLoader).
+
+    Ctrl-C and SIGTERM go to all processes, and the loaders have to live until the training has
+    saved. But they must not outlive it, however it ends: Linux kills them with their parent.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    die_with_parent(signal.SIGKILL)
 
 
 # ======== alignments ========
 
+UNKNOWN_PHONES = ("UNK", "unk", "<unk>", "SPN", "spn", "PAD", "<pad>")
+ALIGNMENT_SLACK = 5  # phones (50 ms) by which an alignment may miss the length of its recording
+
 
 def read_alignments(path):
     """{fileid: (phones, language)}, a phone every 10 ms."""
-    path = Path(path)
-    require(path.is_file(), f"{path}: no such alignment file")
-    csv.field_size_limit(2**31 - 1)  # an hour of phones is one field
-    found = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = csv.DictReader(file)
-            for column in ("fileid", "phones", "language"):
-                require(column in (lines.fieldnames or []), f"{path}:1: the header has no column {column!r}")
-            for line in lines:
-                where = f"{path}:{lines.line_num}"
-                require(line["phones"] and line["language"], f"{where}: no phones or no language")
-                require(line["fileid"] not in found, f"{where}: {line['fileid']} is there twice")
-                found[line["fileid"]] = (line["phones"].split(), line["language"])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV of alignments: {error}") from None
+    require(Path(path).is_file(), f"{path}: no such alignment file")
+    found = read_table(path, read_phones)
     require(found, f"{path}: no alignments in it")
     return found
 
 
+def read_phones(file, path):
+    lines, found = csv.DictReader(file), {}
+    header = lines.fieldnames or []
+    for column in ("fileid", "phones", "language"):
+        require(column in header, f"{path}:1: the header has no column {column!r}")
+    for line in lines:
+        where, fileid = f"{path}:{lines.line_num}", line["fileid"]
+        require(line["phones"] and line["language"], f"{where}: no phones or no language")
+        require(fileid not in found, f"{where}: {fileid} is there twice")
+        found[fileid] = (line["phones"].split(), line["language"])
+    return found
+
+
+def aligned_rows(rows, alignments, path="the alignments"):
+    """The rows that have alignments, which must fit the recordings and the manifest's languages."""
+    by_id, count = {row.fileid: row for row in rows}, Counter(row.fileid for row in rows)
+    for fileid, (phones, language) in alignments.items():
+        where = f"{path}: {fileid}"
+        require(fileid in by_id, f"{where} is not in the manifest")
+        require(count[fileid] == 1, f"{where} names {count[fileid]} recordings of the manifest")
+        row = by_id[fileid]
+        expected = row.num_samples / PHONE
+        require(abs(len(phones) - expected) <= ALIGNMENT_SLACK,
+                f"{where}: {len(phones)} phones at 100 Hz, the recording has {expected:.0f}")
+        require(row.language in ("", language),
+                f"{where}: language {language!r}, the manifest says {row.language!r}")
+    return [row._replace(language=alignments[row.fileid][1])
+            for row in rows if row.fileid in alignments]
+
+
 def inventories(alignments):
-    """{language: its phones}: SIL first, then the others by name. The place in the list is the class."""
-    phones = defaultdict(set)
-    for sequence, language in alignments.values():
-        phones[language].update(sequence)
-    return {language: ["SIL"] + sorted(found - {"SIL", *UNKNOWN_PHONES}) for language, found in sorted(phones.items())}
+    """{language: its phones}: SIL first, then the others by name. The class is the place."""
+    found = defaultdict(set)
+    for phones, language in alignments.values():
+        found[language].update(phones)
+    no_others = {"SIL", *UNKNOWN_PHONES}
+    return {language: ["SIL", *sorted(found[language] - no_others)] for language in sorted(found)}
 
 
 def phone_classes(alignments, inventory):
-    """{fileid: classes as an array}; unknown phones are IGNORED. And how many of those there were."""
-    index = {language: {phone: i for i, phone in enumerate(phones)} for language, phones in inventory.items()}
+    """{fileid: the class of each phone}, and how many phones are unknown, and therefore IGNORED."""
+    index = {name: {phone: i for i, phone in enumerate(inventory[name])} for name in inventory}
     classes, unknown = {}, 0
     for fileid, (phones, language) in alignments.items():
-        require(language in index, f"alignments of {fileid}: language {language!r} is not one of {', '.join(index)}")
-        row = np.array([index[language].get(phone, IGNORED) for phone in phones], dtype=np.int16)
-        classes[fileid], unknown = row, unknown + int((row == IGNORED).sum())
+        require(language in index, f"alignments of {fileid}: language {language!r} is not one of "
+                f"{', '.join(index)}")
+        numbers = [index[language].get(phone, IGNORED) for phone in phones]
+        classes[fileid] = np.array(numbers, dtype=np.int16)
+        unknown += numbers.count(IGNORED)
     return classes, unknown
-
-
-def aligned_rows(rows, alignments, path="the alignments", tolerance=5):
-    """The rows that have alignments; alignments must fit the recordings (to 50 ms) and the manifest's languages."""
-    by_id, seen = {row.fileid: row for row in rows}, Counter(row.fileid for row in rows)
-    for fileid, (phones, language) in alignments.items():
-        require(fileid in by_id, f"{path}: {fileid} is not in the manifest")
-        require(seen[fileid] == 1, f"{path}: {fileid} names {seen[fileid]} recordings, {by_id[fileid].where} the last")
-        row = by_id[fileid]
-        require(abs(len(phones) - row.num_samples / PHONE) <= tolerance,
-                f"{path}: {fileid}: {len(phones)} phones at 100 Hz, the recording has {row.num_samples / PHONE:.0f}")
-        require(row.language in ("", language),
-                f"{path}: {fileid}: language {language!r}, {row.where} says {row.language!r}")
-    return [row._replace(language=alignments[row.fileid][1]) for row in rows if row.fileid in alignments]
-
-
-def phones_of_crop(classes, start, frames):
-    """Classes at 50 Hz for a crop that begins at sample `start`: every second one, from the nearest 10 ms on."""
-    at = (start + PHONE // 2) // PHONE + 2 * np.arange(frames)
-    return np.where(at < len(classes), classes[np.minimum(at, len(classes) - 1)], IGNORED)
-
-
-# ======== masks and batches ========
-
-
-def make_mask(batch, frames, rng, prob=0.8, span=10):
-    """[B, T] bool: overlapping spans, about half of all frames, the same number in each row."""
-    span = min(span, max(1, frames // 2))  # a recording shorter than a span still shows something
-    mask = np.zeros((batch, frames), dtype=bool)
-    for row in mask:
-        spans = max(2, int(prob * frames / span + rng.random()))
-        starts = rng.choice(frames - span + 1, min(spans, frames - span + 1), replace=False)
-        row[starts[:, None] + np.arange(span)] = True
-    fewest = mask.sum(1).min(initial=frames)
-    for row in mask:
-        masked = np.flatnonzero(row)
-        row[rng.choice(masked, len(masked) - fewest, replace=False)] = False
-    return mask
-
-
-# Randomness for one purpose has its own number after the seed: 0 unlabelled batches, 1 labelled ones, 2 validation;
-# in meta-training 4 chunks, 5 their order, 6 and 7 an episode's batches; 8 forgetting; 9 the budget of adapt.py.
-class Batches:
-    """Micro-batch i of a run, for any i: a map from a number to audio, masks and, with `classes`, phones.
-
-    Utterances of like length share a bucket, a bucket is cut into batches of at most `budget` samples, and all
-    utterances of a batch are cropped at random to the shortest of them, `max_samples` at most: nothing is ever padded.
-    An epoch is a shuffle within the buckets and of the batches, cut into groups of `group` batches: one optimizer step
-    over all ranks. With `classes` (supervision) the batches of a group share a language.
-    """
-
-    def __init__(self, rows, config, options, group=1, classes=None, stream=(0,)):
-        self.rows, self.config, self.classes, self.group = rows, config, classes, group
-        self.seed, self.budget, self.max_samples = (options.seed, *stream), options.batch_samples, options.max_samples
-        self.mask_shape, self.multiple = (options.mask_prob, options.mask_span), options.crop_multiple
-        self.lengths = np.minimum([row.num_samples for row in rows], self.max_samples)
-        languages = np.array([row.language if classes is not None else "" for row in rows])
-        self.buckets = {name: self.make_buckets(np.flatnonzero(languages == name)) for name in sorted(set(languages))}
-        self.per_epoch = len(self.order(0))
-        count = sum(-(-len(bucket) // size) for buckets in self.buckets.values() for bucket, size in buckets)
-        require(self.per_epoch, f"{count} batches are too few for {group} ranks x micro-batches: fewer ranks, a "
-                "smaller batch_samples, or more audio")
-
-    def make_buckets(self, index, ratio=1.2):
-        """[(utterances, how many make a batch)]: the longest of a bucket is at most `ratio` times the shortest."""
-        index = index[np.argsort(self.lengths[index], kind="stable")]
-        lengths, buckets, first = self.lengths[index], [], 0
-        while first < len(index):
-            last = int(np.searchsorted(lengths, lengths[first] * ratio, side="right"))
-            buckets.append((index[first:last], max(1, self.budget // int(lengths[last - 1]))))
-            first = last
-        return buckets
-
-    @lru_cache(maxsize=2)
-    def order(self, epoch):
-        """The batches of an epoch, arrays of utterances, each a whole number of groups."""
-        rng = np.random.default_rng([*self.seed, epoch])
-        groups = []
-        for buckets in self.buckets.values():
-            batches = []
-            for bucket, size in buckets:
-                bucket = rng.permutation(bucket)
-                batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
-            batches = [batches[i] for i in rng.permutation(len(batches))]
-            if self.classes is not None and len(batches) % self.group:  # a small language is heard twice, not dropped
-                batches = (batches * self.group)[: -(-len(batches) // self.group) * self.group]
-            groups += [batches[i : i + self.group] for i in range(0, len(batches) - self.group + 1, self.group)]
-        return [batch for i in rng.permutation(len(groups)) for batch in groups[i]]
-
-    def __getitem__(self, i):
-        epoch, at = divmod(i, self.per_epoch)
-        index = self.order(epoch)[at]
-        shortest = int(self.lengths[index].min())
-        crop = max(shortest // self.multiple * self.multiple, min(shortest, self.multiple))
-        wavs, phones, bad = [], [], []
-        frames = num_frames(crop, self.config)
-        for j in index:
-            row = self.rows[j]
-            start = int(np.random.default_rng([*self.seed, epoch, j, 1]).integers(row.num_samples - crop + 1))
-            try:
-                wavs.append(standardise(read_audio(row.path, start, crop)))
-            except InputError as error:
-                bad.append((row.path, f"{row.where}: {row.path}: {error}"))
-                continue
-            if self.classes is not None:
-                phones.append(phones_of_crop(self.classes[row.fileid], start, frames))
-        mask = make_mask(len(wavs), frames, np.random.default_rng([*self.seed, epoch, at, 2]), *self.mask_shape)
-        if not wavs:  # all bad: the ranks still have to meet, so silence of which nothing is masked or labelled
-            wavs, mask, phones = [torch.zeros(crop)], np.zeros((1, frames), dtype=bool), [np.full(frames, IGNORED)]
-        batch = {"wav": torch.stack(wavs), "mask": torch.from_numpy(mask), "bad": bad}
-        if self.classes is not None:
-            batch["language"] = self.rows[index[0]].language
-            batch["phones"] = torch.from_numpy(np.array(phones, dtype=np.int64))
-        return batch
-
-
-def outlive_signals(_):
-    """A SIGTERM or Ctrl-C to the whole process group must not take the loaders before the training has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# ======== the toy world ========
-# Eight made-up languages: five to pretrain on, and three that are new, by phones no source has,
-# another vowel space, and twice the pace. Speech is made as textbooks explain it: a source (pulses
-# of the glottis, noise of a narrow passage) through a filter (the resonances of the mouth). Noise,
-# speakers and sloppy articulation make it hard enough: across speakers, MFCC err on 16 of 100 ABX
-# triples of the first source language, and on 17 to 27 of the new ones.
-
-TOY_VERSION = 3
-PLAIN = 1, (1, 1, 1), (2, 18), (40, 9000)
-LANGUAGES = {  # phones; then slowness, warp of F1 F2 F3, signal-to-noise range in dB, band in Hz
-    "baso": ("i e E a o u p t k b d g m n s z l", *PLAIN),
-    "delu": ("i I E a O U p t k b m n N f v h r", *PLAIN),
-    "kemi": ("i e @ a o u b d g tS m n v z S j w", *PLAIN),
-    "nore": ("I e E @ O U p b t d f v s z N l r", *PLAIN),
-    "tivo": ("I E @ O o u d k g tS m N S h l j w", *PLAIN),
-    "goxi": ("i y e oe a u p t k b m n J s T x l", .5, (1.12, .93, 1), (2, 18), (100, 6000)),
-    "juthe": ("i y ix u e E t d ts Z z s n J N r T", .55, (.9, 1.07, 1.03), (2, 18), (60, 7000)),
-    "wytsa": ("e oe @ ix o O b d g ts T f x v Z m n", .5, (1.1, 1.08, .96), (2, 18), (100, 6000))}
-SOURCES, TARGETS = list(LANGUAGES)[:5], list(LANGUAGES)[5:]
-EVAL_SOURCES, LM_LANGUAGE = SOURCES[:2], SOURCES[0]
-
-# Resonances F1 F2 F3 of an adult male in Hz: F1 falls as the tongue rises, F2 as it moves back.
-VOWELS = {"i": (280, 2250, 3000), "I": (400, 1950, 2600), "e": (420, 2150, 2750), "E": (570, 1800, 2550),
-          "a": (760, 1350, 2500), "O": (590, 920, 2450), "o": (430, 800, 2400), "u": (310, 760, 2300),
-          "U": (430, 1080, 2300), "@": (500, 1450, 2500), "y": (290, 1850, 2200), "oe": (420, 1580, 2250),
-          "ix": (330, 1400, 2450)}
-GLIDES = {"l": (380, 1150, 2750), "r": (430, 1250, 1650), "j": (270, 2200, 3050), "w": (300, 680, 2250)}
-# Where the formants point while the mouth is narrow; centre, width and strength of its noise.
-PLACES = {"labial": (330, 850, 2200, 5000, 4000, .25), "dental": (340, 1350, 2600, 6400, 1500, .3),
-          "alveolar": (340, 1700, 2650, 6000, 1100, .8), "velar": (320, 1700, 2100, 1900, 500, .5),
-          "palatal": (290, 2150, 2850, 3400, 800, .8), "glottal": (500, 1450, 2500, 1400, 1200, .4)}
-MANNERS = {"stop": "p:labial t:alveolar k:velar", "voiced stop": "b:labial d:alveolar g:velar",
-           "affricate": "ts:alveolar tS:palatal", "nasal": "m:labial n:alveolar J:palatal N:velar",
-           "fricative": "f:labial T:dental s:alveolar S:palatal x:velar h:glottal",
-           "voiced fricative": "v:labial z:alveolar Z:palatal"}
-
-
-def gestures():
-    """{phone: (10 ms frames, rows)}; rows: F1 F2 F3, voice, noise, its centre, width, nasality."""
-    table = {"SIL": (18, [(500, 1450, 2500, 0, 0, 2000, 2000, 0)])}
-    table |= {phone: (10, [(*formants, 1, 0, 2000, 2000, 0)]) for phone, formants in VOWELS.items()}
-    table |= {phone: (7, [(*formants, .5, 0, 2000, 2000, 0)]) for phone, formants in GLIDES.items()}
-    for manner, members in MANNERS.items():
-        for phone, place in (member.split(":") for member in members.split()):
-            *locus, centre, width, noise = PLACES[place]
-            voiced = "voiced" in manner
-            noise *= 1 - .4 * voiced  # the voice takes breath away from the noise
-            if manner == "nasal":
-                table[phone] = (7, [(*locus, .6, 0, centre, width, 1)])
-            elif "fricative" in manner:
-                table[phone] = (9, [(*locus, .25 * voiced, noise, centre, width, 0)])
-            else:  # shut: silence, or a murmur through the cheeks; then the burst
-                table[phone] = (11 if manner == "affricate" else 8, [
-                    (*locus, .12 * voiced, 0, centre, width, 0),
-                    (*locus, .5 * voiced, noise, centre, width, 0)])
-    return {phone: (frames, np.array(rows)) for phone, (frames, rows) in table.items()}
-
-
-GESTURES = gestures()
-
-
-def chance(*key):
-    """Random numbers for one purpose, so that nothing depends on the order of the work."""
-    return np.random.default_rng([zlib.crc32(str(part).encode()) for part in key])
-
-
-def make_voice(rng, lang):
-    """A speaker. A shorter vocal tract has higher formants, and mostly goes with a higher pitch."""
-    short = rng.integers(2)
-    return {"pitch": (115, 205)[short] * np.exp(rng.normal(0, .12)),
-            "formants": (1, 1.15)[short] * np.exp(rng.normal(0, .05)) * np.array(lang["warp"]),
-            "tilt": rng.uniform(.5, 1.1), "breath": rng.uniform(.01, .08),
-            "slowness": lang["slowness"] * np.exp(rng.normal(0, .08))}
-
-
-def make_room(rng, lang):
-    """A recording: noise, echo and level differ each time, the channel belongs to the language."""
-    return {"snr": rng.uniform(*lang["snr"]), "colour": rng.uniform(0, 1.2), "band": lang["band"],
-            "echo": rng.uniform(.1, .5), "decay": rng.uniform(.01, .05), "level": rng.uniform(-32, -20)}
-
-
-def pronounce(sentences, voice, rng):
-    """Words -> tokens [(phone, 10 ms frames)], with a pause around each sentence."""
-    phones = ["SIL"]
-    for words in sentences:
-        phones += [phone for word in words for phone in word] + ["SIL"]
-    frames = np.array([GESTURES[phone][0] for phone in phones]) * voice["slowness"]
-    frames = np.rint(frames * np.exp(rng.normal(0, .2, len(phones))))
-    return list(zip(phones, np.maximum(frames, 3).astype(int).tolist()))
-
-
-def smooth(track, steps):
-    """Each column averaged over `steps` (odd), the middle counting most."""
-    kernel = np.hanning(steps + 2)[1:-1] / np.hanning(steps + 2).sum()
-    padded = np.pad(track, ((steps // 2, steps // 2), (0, 0)), mode="edge").T
-    return np.stack([np.convolve(column, kernel, mode="valid") for column in padded], 1)
-
-
-def articulate(tokens, voice, rng):
-    """Tokens -> a row every 5 ms [T, 8]. Tongue and lips are slow: formants glide over 75 ms, so a
-    phone sounds of its neighbours, and a short one never reaches its target."""
-    rows, steps = [], []
-    for phone, frames in tokens:
-        rows.extend(GESTURES[phone][1] * rng.normal(1, .07, 8))  # nobody says it twice the same
-        shut = round(2 * frames * (.5 if phone in ("ts", "tS") else .7))
-        steps += [shut, 2 * frames - shut] if len(GESTURES[phone][1]) == 2 else [2 * frames]
-    track = np.repeat(rows, steps, axis=0)
-    formants = smooth(track[:, :3] * voice["formants"], 15)
-    return np.hstack([formants, smooth(track[:, 3:], 3)]).astype(np.float32)
-
-
-def speak(tokens, voice, rng):
-    """Tokens -> clean speech [N], 160 samples a frame."""
-    track = articulate(tokens, voice, rng)
-    steps = len(track)
-    f1, f2, f3, voicing, noise, centre, width, nasal = track.T[:, :, None]  # each [T, 1]
-    hertz = np.arange(241, dtype=np.float32) * np.float32(16000 / 480)
-
-    def bump(centre, width):
-        return 1 / (1 + ((hertz - centre) / width) ** 2)  # [T, 241]
-
-    mouth = bump(f1, 60) + .6 * bump(f2, 80) + .35 * bump(f3, 120)
-    mouth += .2 * bump(np.float32(3500 * voice["formants"][2]), 160)
-    mouth *= (1 + (hertz / 600) ** 2) ** np.float32(-voice["tilt"] / 2)  # the glottis is dull
-    mouth *= 1 - .85 * nasal * bump(.9 * f2, 200)  # the shut mouth swallows what the nose lets out
-    passage = noise * bump(centre, width) * np.sqrt(1000 / width)
-    passage += np.float32(voice["breath"]) * voicing * mouth
-
-    melody = np.linspace(.1, -.1, steps) + .6 * smooth(rng.normal(0, 1, (steps, 1)), 61)[:, 0]
-    cycles = np.cumsum(np.repeat(voice["pitch"] * np.exp(melody), 80) / 16000)
-    pulses = np.diff(np.floor(cycles), prepend=0) * np.sqrt(16000 / voice["pitch"])  # power 1
-    hiss = rng.standard_normal(80 * steps, dtype=np.float32)
-    # Both sources in overlapping windows of 10 ms, each given its spectrum and added up again.
-    window = np.pad(np.hanning(161)[:160], 160).astype(np.float32)
-    pulses, hiss = (np.fft.rfft(window * np.lib.stride_tricks.sliding_window_view(
-        np.pad(wave.astype(np.float32), 200), 480)[::80][:steps]) for wave in (pulses, hiss))
-    pieces = np.fft.irfft(pulses * (3 * voicing * mouth) + hiss * passage, 480)
-    wave = np.zeros((steps + 5, 80), np.float32)
-    for i, piece in enumerate(np.split(pieces, 6, axis=1)):
-        wave[i:i + steps] += piece
-    return wave.reshape(-1)[200:200 + 80 * steps]
-
-
-def record(clean, room, rng):
-    """Speech -> what is recorded of it: echo, coloured noise, a microphone with limits."""
-    size = -(-(len(clean) + 4000) // 8000) * 8000  # with space for the echo
-    echo = rng.standard_normal(4000) * np.exp(-np.arange(4000) / 16000 / room["decay"])
-    echo *= room["echo"] / np.sqrt((echo ** 2).sum())
-    echo[0] += 1
-    spectrum = np.fft.rfft(clean, size) * np.fft.rfft(echo.astype(np.float32), size)
-    hertz = np.arange(1, len(spectrum) + 1, dtype=np.float32) * np.float32(16000 / size)
-    noise = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
-    noise /= (1 + (hertz / 500) ** 2) ** np.float32(room["colour"] / 2)
-    ratio = np.sqrt((np.abs(spectrum) ** 2).mean() / (np.abs(noise) ** 2).mean())
-    spectrum += noise * ratio * np.float32(10 ** (-room["snr"] / 20))
-    low, high = room["band"]
-    spectrum /= np.sqrt((1 + (low / hertz) ** 4) * (1 + (hertz / high) ** 4))
-    wave = np.fft.irfft(spectrum, size)[:len(clean)]
-    return wave * min(10 ** (room["level"] / 20) / wave.std(), .95 / np.abs(wave).max())
-
-
-def write_wav(job):
-    """One file; its parts have their own random numbers, so a part is the same in any company."""
-    path, parts, voice, room = job
-    waves = [record(speak(tokens, voice, chance(*key)), room, chance(*key, "room")) for tokens, key in parts]
-    soundfile.write(path, np.concatenate(waves).astype(np.float32), 16000, subtype="PCM_16")
-
-
-def make_language(seed, name):
-    """Accent, words (tuples of phones) and their classes; nouns and verbs belong to 4 topics."""
-    phones, *accent = LANGUAGES[name]
-    rng, words = chance(seed, "language", name), set()
-    vowels = [phone for phone in phones.split() if phone in VOWELS]
-    consonants = [phone for phone in phones.split() if phone not in VOWELS]
-
-    def new_word(shapes, *ending):
-        shape = rng.choice(shapes)
-        word = (*(str(rng.choice(vowels if c == "V" else consonants)) for c in shape), *ending)
-        if word in words:
-            return new_word(shapes, *ending)
-        words.add(word)
-        return word
-
-    # A noun ends in the vowel of its gender, a verb in a consonant; determiners have a gender too.
-    noun, verb, genders = ("CVC", "CVCVC"), ("CV", "CVCV"), vowels[1:4:2]
-    return {**dict(zip(("slowness", "warp", "snr", "band"), accent)), "name": name, "words": words,
-            "determiners": [[new_word(["CV"]) for _ in range(2)] for _ in genders],
-            "nouns": [[[new_word(noun, end) for _ in range(3)] for end in genders] for _ in range(4)],
-            "verbs": [[new_word(verb, consonants[-1]) for _ in range(3)] for _ in range(4)],
-            "rare": [new_word(noun, end) for end in genders * 2]}  # in no text: out of vocabulary
-
-
-PARTS = slice(5), slice(3), slice(1, 2), slice(2, 3)  # a whole sentence; without an object; a noun; a verb
-
-
-def sentence(lang, rng, topic, genders=None):
-    """Determiner, noun, verb, determiner, noun, all on the topic; or, where the genders are free, a part of that."""
-    def zipf(words):
-        weights = 1 / np.arange(2, len(words) + 2)
-        return words[rng.choice(len(words), p=weights / weights.sum())]
-
-    words = []
-    for gender in rng.integers(2, size=2) if genders is None else genders:
-        words += [zipf(lang["determiners"][gender]), zipf(lang["nouns"][topic][gender])]
-    words.insert(2, zipf(lang["verbs"][topic]))
-    part = slice(None) if genders is not None else PARTS[rng.choice(len(PARTS), p=(.6, .2, .1, .1))]
-    return words[part]
-
-
-def corpus(seed, lang, split, minutes, speakers, seconds):
-    """Utterances, each a few sentences on a topic, in turn by each speaker, until it is enough."""
-    voices = [make_voice(chance(seed, "voice", lang["name"], split, s), lang) for s in range(speakers)]
-    utterances, total = [], 0
-    while total < 6000 * minutes or len(utterances) < 2:
-        i = len(utterances)
-        fileid = f"{lang['name']}-{split}-{i % speakers}-{i:04d}"
-        rng, story, frames = chance(seed, fileid), [], 0
-        topic, enough = rng.integers(4), 100 * rng.uniform(*seconds)
-        while frames < enough:
-            story.append(sentence(lang, rng, topic))
-            tokens = pronounce(story, voices[i % speakers], chance(seed, fileid, "timing"))
-            frames = sum(frames for _, frames in tokens)
-        utterances.append({
-            "fileid": fileid, "language": lang["name"], "speaker": fileid[:-5], "num_samples": 160 * frames,
-            "tokens": tokens, "story": story, "key": (seed, fileid, "audio"), "voice": voices[i % speakers],
-            "room": make_room(rng, lang)})
-        total += frames
-    return utterances
-
-
-def write_csv(path, header, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, header.split(), extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_corpus(root, table, split, utterances):
-    """Manifest, alignments and, to evaluate, ABX items; returns the jobs for the audio."""
-    jobs, items = [], ["#file onset offset #phone prev-phone next-phone speaker"]
-    for row in utterances:
-        path = root / "audio" / split / row["language"] / f"{row['fileid']}.wav"
-        row["path"] = Path(os.path.relpath(path, table.parent)).as_posix()
-        jobs.append((path, [(row["tokens"], row["key"])], row["voice"], row["room"]))
-        phones = []  # one every 10 ms
-        for i, (phone, frames) in enumerate(row["tokens"]):
-            if phone != "SIL":
-                times = f"{len(phones) / 100:.2f} {(len(phones) + frames) / 100:.2f}"
-                context = f"{row['tokens'][i - 1][0]} {row['tokens'][i + 1][0]}"
-                items.append(f"{row['fileid']} {times} {phone} {context} {row['speaker']}")
-            phones += [phone] * frames
-        row["phones"] = " ".join(phones)
-    write_csv(table, "fileid path num_samples language speaker", utterances)
-    write_csv(table.with_name(f"{table.stem}_alignments.csv"), "fileid phones language", utterances)
-    if split == "eval":
-        table.with_suffix(".item").write_text("\n".join(items) + "\n", encoding="utf-8")
-    return jobs
-
-
-def lexical_pairs(lang, rng, count):
-    """[(word, non-word)]: two words of one shape swap two phones and both become non-words, so neither
-    length nor the frequency of single phones gives the non-words away."""
-    words = [word for topic in lang["nouns"] for gender in topic for word in gender] + lang["rare"]
-    words += [word for topic in lang["verbs"] for word in topic]
-    shape = lambda word: (["V" if phone in VOWELS else "C" for phone in word], word[-1])
-    couples = [(*two, *at) for two in combinations(words, 2) if shape(two[0]) == shape(two[1])
-               for at in combinations(range(len(two[0]) - 1), 2) if all(two[0][i] != two[1][i] for i in at)]
-    pairs, seen = [], set(lang["words"])
-    for c in rng.permutation(len(couples)):
-        one, two, *at = couples[c]
-        new = [tuple(other[i] if i in at else phone for i, phone in enumerate(word))
-               for word, other in ((one, two), (two, one))]
-        if not seen & set(new):
-            seen |= set(new)
-            pairs += [(one, new[0]), (two, new[1])]
-    return pairs[:count]
-
-
-def write_pairs(root, seed, lang, voices, count, frequency):
-    """Word against non-word, and sentence against the same words out of order, by each voice."""
-    rng, jobs, rows = chance(seed, "pairs"), [], {"lexical": [], "syntactic": []}
-    pairs = [("lexical", [word], [new], "", "") for word, new in lexical_pairs(lang, rng, count)]
-    for i in range(count):  # who goes with whom, or what follows what
-        right = sentence(lang, rng, rng.integers(4), [(0, 1), (1, 0)][i // 3 % 2])
-        kind, order = [(("agreement", "determiner_noun"), (3, 1, 2, 0, 4)),
-                       (("order", "noun_verb"), (0, 2, 1, 3, 4)),
-                       (("order", "determiner_noun"), (1, 0, 2, 3, 4))][i % 3]
-        pairs.append(("syntactic", right, [right[j] for j in order], *kind))
-    for i, (task, right, wrong, kind, subtype) in enumerate(pairs):
-        for (v, voice), (correct, words) in product(enumerate(voices), ((1, right), (0, wrong))):
-            name, key = f"{task}_{i % count:04d}_{v}_{correct}", (seed, task, i, v)
-            tokens = pronounce([words], voice, chance(*key, "timing"))  # a pair shares its chance
-            room = make_room(chance(*key, "room"), lang)
-            jobs.append((root / task / "dev" / f"{name}.wav", [(tokens, key)], voice, room))
-            phones, text = sum(words, ()), " ".join("".join(word) for word in words)
-            rows[task].append({
-                "id": i % count, "filename": name, "voice": f"voice{v}", "correct": correct,
-                "frequency": frequency[right[0]], "word": text, "phones": " ".join(phones),
-                "length": len(phones), "type": kind, "subtype": subtype, "transcription": text})
-    write_csv(root / "lexical/dev/gold.csv", "id filename voice frequency word phones length correct", rows["lexical"])
-    write_csv(root / "syntactic/dev/gold.csv",
-              "id filename voice type subtype transcription correct", rows["syntactic"])
-    return jobs
-
-
-def story_pairs(root, seed, lang, voices, count):
-    """Two stories that exchange their endings: only the topic says which belongs to which."""
-    jobs = []
-    for i in range(0, count, 2):
-        rng, voice = chance(seed, "tsc", i), voices[i // 2 % len(voices)]
-        room, starts, ends = make_room(rng, lang), [], []
-        for topic in rng.choice(4, 2, replace=False):
-            for parts, length in (starts, 3), (ends, 1):
-                told = [sentence(lang, rng, topic) for _ in range(length)]
-                parts.append((pronounce(told, voice, rng), (seed, "tsc", i, topic, length)))
-        for story, ending in product((0, 1), (0, 1)):
-            name = f"{i + story:04d}_{'correct' if story == ending else 'incorrect'}.wav"
-            jobs.append((root / "tsc" / name, [starts[story], ends[ending]], voice, room))
-    return jobs
-
-
-def write_world(root, seed, scale, processes):
-    langs = {name: make_language(seed, name) for name in LANGUAGES}
-    lm, jobs = langs[LM_LANGUAGE] | {"snr": (12, 25)}, []  # read in a quiet place, as audiobooks are
-    # table, split, languages, minutes a language, speakers, range of seconds to fill with sentences
-    tables = [("train.csv", "train", SOURCES, 8, 6, (9, 11))]
-    tables += [(f"target/{name}.csv", "target", [name], 10, 6, (9, 11)) for name in TARGETS]
-    for name in TARGETS + EVAL_SOURCES:
-        tables.append((f"eval/{name}.csv", "eval", [name], 4, 4, (3, 10)))
-    tables.append(("lm/train.csv", "lm", [LM_LANGUAGE], 40, 6, (9, 11)))
-    for table, split, names, minutes, *how in tables:
-        rows = [corpus(seed, lm if split == "lm" else langs[name], split, scale * minutes, *how) for name in names]
-        jobs += write_corpus(root, root / table, split, sum(rows, []))
-    frequency = Counter(word for row in rows[0] for words in row["story"] for word in words)
-    voices = [make_voice(chance(seed, "voice", "pairs", v), lm) for v in range(3)]
-    count = max(4, 2 * round(30 * scale))
-    jobs += write_pairs(root / "lm", seed, lm, voices, count, frequency)
-    jobs += story_pairs(root / "lm", seed, lm, voices, count)
-    for path, *_ in jobs:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if processes > 1 and "fork" in multiprocessing.get_all_start_methods():
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            pool.map(write_wav, jobs, chunksize=8)
-    else:  # the other ways to start a process would run the caller's script again
-        list(map(write_wav, jobs))
-
-
-def toy(folder, seed=0, scale=1.0, processes=None):
-    """Makes the toy world, `scale` times 150 minutes of audio, unless it is there already.
-
-    train.csv  target/LANG.csv  eval/LANG.csv  lm/train.csv    manifests, each with *_alignments.csv
-    eval/LANG.item  lm/{lexical,syntactic}/dev/gold.csv  lm/tsc   tests in ZeroSpeech's layout
-    """
-    folder = Path(folder)
-    about = json.dumps({"version": TOY_VERSION, "seed": seed, "scale": scale})
-    done = folder / "toy.json"
-    if done.exists() and done.read_text() == about:
-        return folder
-    if folder.is_file() or any(folder.glob("*")):
-        raise FileExistsError(f"{folder}: holds something else than this toy world; move it away")
-    new = folder.with_name(f"{folder.name}.tmp{os.getpid()}")  # gets its name when it is whole
-    try:
-        new.mkdir(parents=True)
-        write_world(new, seed, scale, processes or os.cpu_count())
-        (new / "toy.json").write_text(about)
-        if not done.exists():  # else another process was faster
-            new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder
-
-
-def check_toy(folder):
-    """That there is a toy world, and one of this code."""
-    try:
-        version = json.loads(Path(folder, "toy.json").read_text())["version"]
-    except (OSError, ValueError, KeyError, TypeError):
-        version = None
-    require(version == TOY_VERSION, f"{folder}: no toy world, or one of another version of the code: 'python data.py "
-            "toy FOLDER' makes one where there is nothing yet")
 
 
 # ======== the commands ========
 
 
 def main():
-    verb, *args = sys.argv[1:] or [""]
+    verb, *args = sys.argv[1:] or ["--help"]
     if verb in ("-h", "--help"):
         return print(__doc__)
     if verb == "toy" and len(args) == 1:
@@ -794,8 +491,6 @@ def main():
 
 def write_manifest(folder, out):
     require(not Path(out).exists(), f"{out} is there already: name another file, or remove it")
-    require(Path(folder).is_dir(), f"{folder}: no such folder")
-    require(Path(out).parent.is_dir(), f"{out}: no such folder to write to")
     rows, left_out = scan_folder(folder)
     hours = defaultdict(float)
     for row in rows:
@@ -804,13 +499,347 @@ def write_manifest(folder, out):
               [row._asdict() | {"path": os.path.abspath(row.path)} for row in rows])
     os.replace(f"{out}.tmp", out)
     for language, amount in sorted(hours.items()):
-        print(f"{language:20} {amount:10.3f} h" if amount >= 1 else f"{language:20} {60 * amount:10.1f} min")
+        print(f"{language:20} {amount:10.3f} h")
     for name, why in left_out:
         print(f"left out: {name}: {why}")
     long = sum(row.num_samples > 20 * SAMPLE_RATE for row in rows)
     if long:
-        print(f"{long} recordings are longer than 20 s: an epoch hears one crop of each; cut them into utterances")
+        print(f"{long} recordings are longer than 20 s: an epoch hears one crop of each")
     print(f"{out}: {len(rows)} recordings, {sum(hours.values()):.3f} h; {len(left_out)} left out")
+
+
+# ======== the toy world ========
+# Eight made-up languages: five to pretrain on, and three unseen ones with phones that no source
+# has, other vowels and twice the pace. Speech is made as textbooks explain it: a source (pulses of
+# the glottis, noise of a narrow passage) through a filter (the resonances of the mouth). Speakers,
+# sloppy articulation, echo and noise make it hard. All is a function of the seed and of names.
+
+TOY_VERSION = 4
+PLAIN = 1, (1, 1, 1)
+LANGUAGES = {  # phones; pace; what its accent does to the resonances F1, F2, F3
+    "baso": ("i e E a o u p t k b d g m n s z l", *PLAIN),
+    "delu": ("i I E a O U p t k b m n N f v h r", *PLAIN),
+    "kemi": ("i e @ a o u b d g tS m n v z S j w", *PLAIN),
+    "nore": ("I e E @ O U p b t d f v s z N l r", *PLAIN),
+    "tivo": ("I E @ O o u d k g tS m N S h l j w", *PLAIN),
+    "goxi": ("i y e oe a u p t k b m n J s T x l", 2, (1.12, 0.93, 1)),
+    "juthe": ("i y ix u e E t d ts Z z s n J N r T", 1.8, (0.9, 1.07, 1.03)),
+    "wytsa": ("e oe @ ix o O b d g ts T f x v Z m n", 2, (1.1, 1.08, 0.96)),
+}
+SOURCES, TARGETS = list(LANGUAGES)[:5], list(LANGUAGES)[5:]
+EVAL_SOURCES, LM_LANGUAGE = SOURCES[:2], SOURCES[0]
+CORPORA = {  # languages; of each: recordings, speakers; sentences in a recording; dB over the noise
+    "train": (SOURCES, 48, 6, (5, 7.5), (2, 18)),
+    "eval": (TARGETS + EVAL_SOURCES, 32, 4, (2, 7), (2, 18)),
+    "target": (TARGETS, 60, 6, (5, 7.5), (2, 18)),
+    "lm": ([LM_LANGUAGE], 240, 6, (5, 7.5), (12, 25)),  # read in a quiet place, as audiobooks are
+}
+
+# F1, F2, F3 of an adult male in Hz: F1 falls as the tongue rises, F2 as it moves back.
+VOWELS = {
+    "i": (280, 2250, 3000), "I": (400, 1950, 2600), "e": (420, 2150, 2750), "E": (570, 1800, 2550),
+    "a": (760, 1350, 2500), "O": (590, 920, 2450), "o": (430, 800, 2400), "u": (310, 760, 2300),
+    "U": (430, 1080, 2300), "@": (500, 1450, 2500), "y": (290, 1850, 2200),
+    "oe": (420, 1580, 2250), "ix": (330, 1400, 2450)}
+GLIDES = {
+    "l": (380, 1150, 2750), "r": (430, 1250, 1650), "j": (270, 2200, 3050), "w": (300, 680, 2250)}
+# Where they point while the mouth is narrow; centre, width and strength of the noise made there.
+PLACES = {
+    "labial": (330, 850, 2200, 5000, 4000, 0.25), "dental": (340, 1350, 2600, 6400, 1500, 0.3),
+    "alveolar": (340, 1700, 2650, 6000, 1100, 0.8), "velar": (320, 1700, 2100, 1900, 500, 0.5),
+    "palatal": (290, 2150, 2850, 3400, 800, 0.8), "glottal": (500, 1450, 2500, 1400, 1200, 0.4)}
+MANNERS = [  # 10 ms frames; voice, noise and nasality in each of its parts, which last equally long
+    (8, [(0, 0, 0), (0, 0, 0), (0, 1, 0)], "p:labial t:alveolar k:velar"),
+    (8, [(0.12, 0, 0), (0.12, 0, 0), (0.5, 0.6, 0)], "b:labial d:alveolar g:velar"),
+    (11, [(0, 0, 0), (0, 1, 0)], "ts:alveolar tS:palatal"),
+    (9, [(0, 1, 0)], "f:labial T:dental s:alveolar S:palatal x:velar h:glottal"),
+    (9, [(0.25, 0.6, 0)], "v:labial z:alveolar Z:palatal"),
+    (7, [(0.6, 0, 1)], "m:labial n:alveolar J:palatal N:velar")]
+
+
+def gestures():
+    """{phone: (10 ms frames, its parts [P, 8])}: F1 F2 F3, voice, noise, nasality, and the noise's
+    centre and width."""
+    table = {"SIL": (18, [(500, 1450, 2500, 0, 0, 0, 2000, 2000)])}
+    for frames, voice, phones in (10, 1, VOWELS), (7, 0.5, GLIDES):
+        for phone, formants in phones.items():
+            table[phone] = frames, [(*formants, voice, 0, 0, 2000, 2000)]
+    for frames, parts, phones in MANNERS:
+        for phone, place in (name.split(":") for name in phones.split()):
+            *formants, centre, width, strength = PLACES[place]
+            table[phone] = frames, [(*formants, voice, noise * strength, nasal, centre, width)
+                                    for voice, noise, nasal in parts]
+    return table
+
+
+GESTURES = gestures()
+
+
+def chance(*key):
+    """Random numbers for one purpose, so that nothing depends on the order of the work."""
+    return np.random.default_rng([zlib.crc32(str(part).encode()) for part in key])
+
+
+def make_language(seed, name):
+    """The words, each a tuple of phones, by what they are; nouns and verbs belong to 4 topics."""
+    phones, rng, taken = LANGUAGES[name][0].split(), chance(seed, "language", name), set()
+    kinds = {"V": [p for p in phones if p in VOWELS], "C": [p for p in phones if p not in VOWELS]}
+
+    def words(count, shapes, *ending):
+        found = []
+        while len(found) < count:
+            word = *(str(rng.choice(kinds[kind])) for kind in rng.choice(shapes)), *ending
+            if word not in taken:
+                taken.add(word)
+                found.append(word)
+        return found
+
+    # A noun ends in the vowel of its gender, a verb in a consonant; determiners have a gender too.
+    genders, verb = kinds["V"][1:4:2], kinds["C"][-1]
+    return {
+        "determiners": [words(2, ["CV"]) for _ in genders],
+        "nouns": [[words(3, ["CVC", "CVCVC"], vowel) for vowel in genders] for topic in range(4)],
+        "verbs": [words(3, ["CV", "CVCV"], verb) for topic in range(4)],
+        "rare": [words(2, ["CVC", "CVCVC"], vowel) for vowel in genders],  # nouns that nobody says
+    }
+
+
+def sentence(lang, rng, topic, genders=None):
+    """Determiner, noun, verb, determiner, noun, all on one topic; some words are said more often."""
+    def pick(words):
+        weights = 1 / np.arange(2, len(words) + 2)
+        return words[rng.choice(len(words), p=weights / weights.sum())]
+
+    words = []
+    for gender in genders or rng.integers(2, size=2):
+        words += [pick(lang["determiners"][gender]), pick(lang["nouns"][topic][gender])]
+    return [*words[:2], pick(lang["verbs"][topic]), *words[2:]]
+
+
+def make_voice(seed, language, speaker):
+    """A shorter mouth has higher formants, and mostly goes with a higher pitch."""
+    rng, (_, pace, accent) = chance(seed, "voice", language, speaker), LANGUAGES[language]
+    short = rng.integers(2)
+    return {
+        "pitch": (115, 205)[short] * np.exp(rng.normal(0, 0.12)),
+        "formants": (1, 1.15)[short] * np.exp(rng.normal(0, 0.05)) * np.array(accent),
+        "tilt": rng.uniform(0.5, 1.1), "pace": pace * np.exp(rng.normal(0, 0.2)),
+    }
+
+
+def pronounce(story, voice, rng):
+    """Sentences -> tokens [(phone, 10 ms frames)], with a pause around each sentence."""
+    phones = ["SIL"]
+    for words in story:
+        phones += [phone for word in words for phone in word] + ["SIL"]
+    pace = voice["pace"] * np.exp(rng.normal(0, 0.15))  # that day's
+    frames = np.array([GESTURES[phone][0] for phone in phones]) / pace
+    frames = np.rint(frames * np.exp(rng.normal(0, 0.2, len(phones))))
+    return list(zip(phones, np.maximum(frames, 3).astype(int).tolist()))
+
+
+def smooth(track, steps):
+    """Each column averaged over `steps`, the middle counting most."""
+    kernel = np.hanning(steps + 2)[1:-1]
+    return np.stack([np.convolve(c, kernel / kernel.sum(), mode="same") for c in track.T], 1)
+
+
+def articulate(tokens, voice, rng):
+    """Tokens -> a row every 5 ms [T, 8]. Tongue and lips are slow: formants glide over 75 ms, so a
+    phone sounds of its neighbours, and a short one never reaches its target."""
+    rows, steps = [], []
+    for phone, frames in tokens:
+        parts = np.array(GESTURES[phone][1])
+        rows.extend(parts * rng.normal(1, 0.07, 8))  # nobody says it twice the same
+        steps.extend(np.diff(np.arange(len(parts) + 1) * 2 * frames // len(parts)))
+    track = np.repeat(rows, steps, axis=0)
+    formants = smooth(track[:, :3] * voice["formants"], 15)
+    return np.hstack([formants, smooth(track[:, 3:], 3)]).astype(np.float32)
+
+
+def speak(tokens, voice, rng):
+    """Tokens -> clean speech [N], 160 samples a frame."""
+    track = articulate(tokens, voice, rng)
+    steps, hertz = len(track), np.linspace(0, 8000, 201, dtype=np.float32)
+    f1, f2, f3, voicing, noise, nasal, centre, width = track.T[:, :, None]  # each [T, 1]
+
+    def bump(centre, width):
+        return 1 / (1 + ((hertz - centre) / width) ** 2)  # [T, 201]
+
+    mouth = bump(f1, 60) + 0.6 * bump(f2, 80) + 0.35 * bump(f3, 120)
+    mouth *= (1 + (hertz / 600) ** 2) ** np.float32(-voice["tilt"] / 2)  # the glottis is dull
+    mouth *= 1 - 0.85 * nasal * bump(0.9 * f2, 200)  # a shut mouth swallows part of the sound
+    mouth *= voicing
+    passage = noise * bump(centre, width) * np.sqrt(1000 / width) + 0.05 * mouth
+
+    pitch = voice["pitch"] * np.exp(0.6 * smooth(rng.normal(0, 1, (steps, 1)), 61)[:, 0])
+    pulses = np.diff(np.floor(np.cumsum(np.repeat(pitch, 80)) / SAMPLE_RATE), prepend=0)
+    pulses *= 3 * np.sqrt(SAMPLE_RATE / voice["pitch"])
+    # Both sources in overlapping windows of 25 ms, each given its spectrum, and added up again.
+    window, pieces = np.hanning(401)[:400].astype(np.float32), 0
+    for source, spectrum in (pulses, mouth), (rng.standard_normal(80 * steps), passage):
+        padded = np.pad(source.astype(np.float32), 200)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 400)[::80][:steps]
+        pieces = pieces + np.fft.rfft(window * windows) * spectrum
+    wave = np.zeros((steps + 4, 80), np.float32)
+    for i, piece in enumerate(np.split(np.fft.irfft(pieces), 5, axis=1)):
+        wave[i : i + steps] += piece
+    return wave.reshape(-1)[200 : 200 + 80 * steps]
+
+
+def record(clean, snr, rng):
+    """Speech -> what a microphone in some room hears of it: echo and coloured noise."""
+    size = -(-(len(clean) + 4000) // 8000) * 8000  # with space for the echo
+    decibel, colour, strength, decay = rng.uniform((snr[0], 0, 0.1, 160), (snr[1], 0.6, 0.5, 800))
+    echo = rng.standard_normal(4000) * np.exp(-np.arange(4000) / decay)
+    echo *= strength / np.sqrt((echo**2).sum())
+    echo[0] += 1
+    speech = np.fft.rfft(clean, size) * np.fft.rfft(echo.astype(np.float32), size)
+    noise = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
+    noise /= (1 + np.linspace(0, 16, len(noise), dtype=np.float32) ** 2) ** np.float32(colour)
+    noise *= np.sqrt((np.abs(speech) ** 2).mean() / (np.abs(noise) ** 2).mean())
+    wave = np.fft.irfft(speech + noise * np.float32(10 ** (-decibel / 20)), size)[: len(clean)]
+    return wave * (0.5 / np.abs(wave).max())
+
+
+def write_wavs(jobs):
+    """Jobs are (path, tokens, voice, range of decibels, key of their chance)."""
+    def write(path, tokens, voice, snr, key):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wave = record(speak(tokens, voice, chance(*key)), snr, chance(*key, "room"))
+        soundfile.write(path, wave.astype(np.float32), SAMPLE_RATE, subtype="PCM_16")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(write, *zip(*jobs)))
+
+
+def write_csv(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, header.split(), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_corpora(folder, part, seed, scale):
+    """Manifests, alignments, ABX items and audio of a part; returns the words that were said."""
+    languages, count, speakers, length, snr = CORPORA[part]
+    tables, jobs, said = defaultdict(list), [], Counter()
+    for name, i in product(languages, range(max(2, round(count * scale)))):
+        lang, fileid = make_language(seed, name), f"{name}-{part}-{i % speakers}-{i:04d}"
+        voice, rng = make_voice(seed, name, fileid[:-5]), chance(seed, fileid)
+        topic, sentences = rng.integers(4), round(voice["pace"] * rng.uniform(*length))
+        story = [sentence(lang, rng, topic) for _ in range(sentences)]
+        tokens = pronounce(story, voice, rng)
+        row = {"fileid": fileid, "language": name, "speaker": fileid[:-5], "tokens": tokens,
+               "num_samples": 160 * sum(frames for _, frames in tokens),
+               "path": f"{name}/{fileid}.wav",
+               "phones": " ".join(phone for phone, frames in tokens for _ in range(frames))}
+        tables["train" if part in ("train", "lm") else name].append(row)
+        jobs.append((folder / row["path"], tokens, voice, snr, (seed, fileid, "audio")))
+        said.update(word for words in story for word in words)
+    for table, rows in tables.items():
+        write_csv(folder / f"{table}.csv", "fileid path num_samples language speaker", rows)
+        write_csv(folder / f"{table}_alignments.csv", "fileid phones language", rows)
+        items = ["#file onset offset #phone prev-phone next-phone speaker"]
+        items += [item for row in rows for item in abx_items(**row)]
+        (folder / f"{table}.item").write_text("\n".join(items) + "\n", encoding="utf-8")
+    write_wavs(jobs)
+    return said
+
+
+def abx_items(fileid, speaker, tokens, **_):
+    ends = np.cumsum([frames for _, frames in tokens]) / 100
+    phones = [phone for phone, _ in tokens]
+    for i in range(1, len(tokens) - 1):
+        if phones[i] != "SIL":
+            times, context = f"{ends[i - 1]:.2f} {ends[i]:.2f}", f"{phones[i - 1]} {phones[i + 1]}"
+            yield f"{fileid} {times} {phones[i]} {context} {speaker}"
+
+
+def make_pairs(lang, rng, said, count):
+    """{test: [(type, frequency, right, wrong)]}, where right and wrong are lists of sentences."""
+    # Two words swap their beginnings and both become non-words, so neither length nor the frequency
+    # of single phones gives the non-words away.
+    words = [word for topic in lang["nouns"] + [lang["rare"]] for kind in topic for word in kind]
+    lexical, syntactic, stories, seen = [], [], [], set(words)
+    for one, two in rng.permutation(list(combinations(range(len(words)), 2))):
+        one, two = words[one], words[two]
+        new = two[:2] + one[2:], one[:2] + two[2:]
+        if len(one) == len(two) and one[-1] == two[-1] and not seen & set(new):
+            seen |= set(new)
+            lexical += [("", said[w], [[w]], [[n]]) for w, n in zip((one, two), new)]
+    # The same words in another order: determiners that do not agree, or that follow their noun.
+    orders = ("agreement", (3, 1, 2, 0, 4)), ("order", (0, 2, 1, 3, 4)), ("order", (1, 0, 2, 3, 4))
+    for i in range(count):
+        kind, order = orders[i % 3]
+        right = sentence(lang, rng, rng.integers(4), [(0, 1), (1, 0)][i // 3 % 2])
+        syntactic.append((kind, "", [right], [[right[j] for j in order]]))
+    # Two stories exchange their endings: only the topic says which belongs to which.
+    for _ in range(count // 2):
+        topics = rng.choice(4, 2, replace=False)
+        one, two = ([sentence(lang, rng, topic) for _ in range(4)] for topic in topics)
+        stories += [("", "", one, one[:3] + two[3:]), ("", "", two, two[:3] + one[3:])]
+    return {"lexical/dev": lexical[:count], "syntactic/dev": syntactic, "tsc": stories}
+
+
+def write_tests(folder, seed, scale, said):
+    """Tests of a language model in ZeroSpeech's layout; a pair has one voice, timing and room."""
+    lang, count = make_language(seed, LM_LANGUAGE), max(4, 2 * round(45 * scale))
+    for test, pairs in make_pairs(lang, chance(seed, "tests"), said, count).items():
+        rows, jobs = [], []
+        for i, (kind, frequency, *sides) in enumerate(pairs):
+            voice, key = make_voice(seed, LM_LANGUAGE, f"test-{i % 3}"), (seed, test, i)
+            for side, story in zip(("correct", "incorrect"), sides):
+                tokens = pronounce(story, voice, chance(*key, "timing"))
+                path = folder / test / f"{i:04d}_{side}.wav"
+                jobs.append((path, tokens, voice, CORPORA["lm"][-1], key))
+                rows.append({
+                    "id": i, "filename": path.stem, "voice": i % 3, "type": kind,
+                    "frequency": frequency, "phones": " ".join(phone for phone, _ in tokens),
+                    "correct": int(side == "correct")})
+        write_wavs(jobs)
+        write_csv(folder / test / "gold.csv",
+                  "id filename voice type frequency phones correct", rows)
+
+
+def toy(folder, parts=tuple(CORPORA), seed=0, scale=1.0):
+    """Makes the parts of the toy world that are not there yet; all are 150 minutes of audio.
+
+    train.csv  eval/LANG.csv  target/LANG.csv  lm/train.csv    manifests, with _alignments and .item
+    lm/lexical/dev/gold.csv  lm/syntactic/dev/gold.csv  lm/tsc     tests in ZeroSpeech's layout
+
+    The training part is the folder itself, and holds seed and scale for the others.
+    """
+    folder = Path(folder)
+    about = {"version": TOY_VERSION, "seed": seed, "scale": scale}
+    for part in ("train", *parts):
+        place = folder if part == "train" else folder / part
+        if not place.exists() or place.is_dir() and not any(place.iterdir()):
+            new = place.with_name(f"{place.name}.tmp{os.getpid()}")  # renamed when it is whole
+            try:
+                said = write_corpora(new, part, about["seed"], about["scale"])
+                if part == "lm":
+                    write_tests(new, about["seed"], about["scale"], said)
+                if part == "train":
+                    (new / "toy.json").write_text(json.dumps(about))
+                if not place.exists() or not any(place.iterdir()):  # another process was faster
+                    new.rename(place)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+        about = read_toy(folder)
+    return folder
+
+
+def read_toy(folder):
+    """What the folder's toy.json says, if it is a toy world of this version of the code."""
+    try:
+        about = json.loads(Path(folder, "toy.json").read_text())
+        require(about["version"] == TOY_VERSION, "")
+        return about
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder}: no toy world, or one of another version of the code: name a "
+                         "new folder") from None
 
 
 if __name__ == "__main__":

@@ -1,16 +1,26 @@
-"""Stage 2: MAdaPT, meta-training for fast adaptation (SpidR-Adapt, arXiv 2512.21204): FOBLO, or Reptile.
+"""Stage 2: MAdaPT, meta-training for fast adaptation (SpidR-Adapt, arXiv 2512.21204).
 
-    python meta_train.py --init runs/pretrain                           the toy world
-    torchrun --nproc_per_node=16 meta_train.py --init runs/pretrain --manifest train.csv --alignments align.csv
-                                                                        the paper's run: 8 workers of 2 GPUs
-    python meta_train.py ... --accumulate 2                             the same on one GPU, one worker after another
+    python meta_train.py                                        the toy world, from runs/pretrain
+    torchrun --nproc_per_node=16 meta_train.py --init runs/pretrain --manifest train.csv \\
+                                               --alignments phones.csv
+    python meta_train.py ... --accumulate 2                     the same on one GPU
 
-An episode is one worker's work on one task, some hours of one language: inner steps without labels, outer steps with
-them. Writes to --out what pretraining writes, and worker_R_step_N.pt, what each process needs to resume anywhere. The
-"model" in last.pt is phi, the initialisation that adapt.py starts from.
+The second is the papers' run: 8 workers of 2 GPUs. On fewer processes the workers take turns.
+
+It looks for an initialisation phi from which a language is quickly learnt without labels. For each
+meta-update, and in it for each worker, an episode on one task, some hours of one language:
+
+    theta_0 = phi, with fresh codebooks and heads                           (11) active forgetting
+    theta_M         after M self-supervised steps, the inner loop
+    theta_{M+N}     after N more steps, which are supervised: the outer loop
+    phi <- phi + beta * mean over workers of (theta_{M+N} - theta_M)        (8)  FOBLO
+    phi <- phi + beta * mean over workers of (theta_{M+N} - phi)            (9)  Reptile
+
+In Reptile, the baseline, all M + N steps are self-supervised. --out holds what pretraining writes;
+the "model" in last.pt is phi, from which adapt.py starts. A run that is stopped or killed starts
+the episode it was in again, to the same bits.
 """
 
-import itertools
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -24,125 +34,86 @@ import torch.nn.functional as F
 import data
 import model as spidr
 import pretrain
-from model import Config, InputError, SpidR, all_sum, require
-from pretrain import (
-    Log, Place, Stop, autocast, barrier, fetch, finished, lr_at, make_optimizer, open_run, parse_options, seed_step,
-    setup, stopped, summary, train_step,
-)
+from model import Config, InputError, SpidR, all_sum, full_precision, option, require
+from pretrain import Log, Place, autocast, fetch, lr_at, seed_step, train_step
 
 # ======== options ========
 
 
 @dataclass
-class Options(pretrain.Options):
-    """The papers' numbers. A comment is also the option's help."""
+class Options(pretrain.StageOptions):
+    """The numbers are the papers'."""
 
-    init: str = "runs/pretrain"  # where phi starts: a run, a checkpoint, a released checkpoint, or 'random'
-    out: str = "runs/meta"  # the run's folder
-    method: str = "foblo"  # foblo or reptile
-    workers: int = 8  # episodes a meta-update, on as many processes as there are
-    updates: int = 100  # meta-updates
-    inner_steps: int = 1_800  # M, self-supervised steps of an episode
-    outer_steps: int = 200  # N, supervised steps of an episode; Reptile makes them self-supervised
-    beta: float = -1.0  # of the meta-update; -1: 0.01 for FOBLO from an SSL/SL init, else 0.1
-    forgetting: bool = True  # active forgetting at the start of an episode
-    refit_steps: int = 20  # SGD steps that fit the fresh heads to the fresh codebooks
-    refit_lr: float = 5e-2  # their rate
-    ramp_steps: int = 600  # linear ramp of the learning rate at the start of an episode
-    chunk_seconds: float = 36_000.0  # audio of a task
-    chunk_min_seconds: float = 100.0  # a smaller remainder joins its neighbour
-    offload: bool = False  # keep phi and the sum of updates off the GPU
-    lr: float = 5e-5  # peak learning rate
-    hold_steps: int = 88_000  # at the peak
-    decay_steps: int = 100_000  # exponential decay
-    layer_drop: float = 0.05  # of the student
-    codebook_decay: float = 0.9  # of the codewords' sums and counts
-    supervised_layer: int = 0  # whose output the phoneme classifiers read; 0: 8 from an SSL/SL init, else 6 (of 12)
-    steps: int = 0  # not set: updates x (inner + outer steps)
-    save_every: int = 1_000  # steps between checkpoints
+    init: str = option("runs/pretrain", "where phi starts: a run, a checkpoint, or 'random'")
+    out: str = option("runs/meta", "the run's folder")
+    manifest: str = option("", "CSV, TSV or folder of audio; without one the toy world")
+    alignments: str = option("", "phone alignments, which FOBLO's outer loop learns from")
+    method: str = option("foblo", "foblo or reptile")
+    workers: int = option(8, "episodes of a meta-update")
+    updates: int = option(100, "meta-updates")
+    inner_steps: int = option(1_800, "M, self-supervised steps of an episode")
+    outer_steps: int = option(200, "N, supervised steps of an episode")
+    beta: float = option(-1.0, "of the meta-update; -1: 0.01 for FOBLO from SSL/SL, else 0.1")
+    forgetting: bool = option(True, "fresh codebooks and heads at the start of an episode")
+    refit_steps: int = option(20, "SGD steps that fit the fresh heads to the fresh codebooks")
+    refit_lr: float = option(5e-2, "their rate")
+    ramp_steps: int = option(600, "linear ramp of the rate at the start of an episode")
+    chunk_seconds: float = option(36_000.0, "audio of a task")
+    chunk_min_seconds: float = option(100.0, "a smaller remainder joins its neighbour")
+    offload: bool = option(False, "keep phi and the sum of updates off the GPU")
+    lr: float = option(5e-5, "peak learning rate")
+    hold_steps: int = option(88_000, "at the peak")
+    decay_steps: int = option(100_000, "exponential decay")
+    layer_drop: float = option(0.05, "of the student")
+    codebook_decay: float = option(0.9, "of the codewords' sums and counts")
+    supervised_layer: int = option(0, "whose output the phone classifiers read; 0: 8 of 12 from an "
+                                   "SSL/SL init, else 6")
+
+    @property
+    def length(self):
+        """Steps that a worker makes."""
+        return self.updates * (self.inner_steps + self.outer_steps)
 
 
 # tiny: episodes of 30 steps move the weights by little, so phi takes all of what they bring.
 PRESETS = {
     "base": {},
-    "tiny": pretrain.PRESETS["tiny"] | dict(
-        workers=2, updates=10, inner_steps=20, outer_steps=10, beta=1.0, lr=1e-3, warmup_steps=30, hold_steps=135,
-        decay_steps=135, ramp_steps=6, batch_samples=256_000, chunk_seconds=240.0, layer_drop=0.0, supervised_layer=3,
-        steps=0, save_every=60),
+    "tiny": pretrain.TINY | dict(
+        workers=2, updates=10, inner_steps=20, outer_steps=10, beta=1.0, lr=1e-3, lr_floor=0.05,
+        warmup_steps=30, hold_steps=135, decay_steps=135, ramp_steps=6, batch_samples=256_000,
+        chunk_seconds=240.0, layer_drop=0.0, supervised_layer=3),
 }
 
 
-def check_options(o):
-    require(o.method in ("foblo", "reptile"), f"--method {o.method}: foblo or reptile")
-    require(min(o.workers, o.updates, o.inner_steps) >= 1 and o.outer_steps >= 0,
-            "--workers, --updates and --inner-steps are at least 1, --outer-steps is not negative")
-    require(o.alignments or not o.manifest or o.method == "reptile" or not o.outer_steps,
-            "--method foblo needs --alignments (reptile does without)")
-
-
-# ======== data: tasks ========
+# ======== tasks ========
 
 
 def make_tasks(rows, o, draw):
-    """[(language, rows)]: each language's audio cut into chunks, anew with each draw, always as many."""
-    by_language, tasks = defaultdict(list), []
-    for row in rows:
-        require(row.language, f"{row.where}: meta-training needs the language of every recording")
-        by_language[row.language].append(row)
-    for number, (language, members) in enumerate(sorted(by_language.items())):
-        rng = np.random.default_rng([o.seed, 4, draw, number])
-        members = [members[i] for i in rng.permutation(len(members))]
-        starts = np.cumsum([0] + [row.num_samples / data.SAMPLE_RATE for row in members])
-        require(starts[-1] >= o.chunk_min_seconds, f"language {language}: {starts[-1]:.0f} s of audio, a task needs at "
-                f"least --chunk-min-seconds {o.chunk_min_seconds:g}")
-        longest = np.diff(starts).max()  # a chunk is never empty, whatever the order of the recordings
-        require(longest <= o.chunk_seconds, f"language {language}: a recording of {longest:.0f} s is longer than "
-                f"--chunk-seconds {o.chunk_seconds:g}")
-        whole, rest = divmod(starts[-1], o.chunk_seconds)
-        count = max(1, int(whole) + (rest >= max(o.chunk_min_seconds, longest)))
-        chunk = np.minimum(starts[:-1] // o.chunk_seconds, count - 1)
-        tasks += [(language, [row for row, c in zip(members, chunk) if c == i]) for i in range(count)]
+    """[(language, rows)], shuffled. Each language's audio is cut into chunks, anew with each draw
+    but always into as many."""
+    tasks = []
+    for number, (language, members) in enumerate(by_language(rows)):
+        order = np.random.default_rng([o.seed, 4, draw, number]).permutation(len(members))
+        members = [members[i] for i in order]
+        seconds = np.array([row.num_samples / data.SAMPLE_RATE for row in members])
+        chunks, rest = divmod(seconds.sum(), o.chunk_seconds)
+        # A remainder as long as the longest recording holds one, whatever their order.
+        chunks = max(1, int(chunks) + (rest >= max(o.chunk_min_seconds, seconds.max())))
+        starts = np.cumsum(seconds) - seconds
+        chunk_of = np.minimum(starts // o.chunk_seconds, chunks - 1)
+        for i in range(chunks):
+            tasks.append((language, [row for row, c in zip(members, chunk_of) if c == i]))
     order = np.random.default_rng([o.seed, 5, draw]).permutation(len(tasks))
     return [tasks[i] for i in order]
 
 
-class Episodes:
-    """The batches of any episode, with and without labels, of one task: for the ranks of its worker, `team`."""
-
-    def __init__(self, o, config, place, team, inventory):
-        self.o, self.config, self.group = o, config, team.world * o.accumulate
-        self.rows, labelled, self.classes, self.inventory = pretrain.read_data(o, place, inventory)
-        self.labelled = defaultdict(list)
-        for row in labelled:
-            self.labelled[row.language].append(row)
-        self.tasks = len(make_tasks(self.rows, o, draw=0))
-        for draw in range(-(-o.updates * o.workers // self.tasks)):  # what is too small is told now, not after hours
-            for language, rows in make_tasks(self.rows, o, draw):
-                try:
-                    data.Batches(rows, config, o, self.group)
-                except InputError as error:
-                    raise InputError(f"a task of {language}: {error}") from None
-        if o.method == "foblo" and o.outer_steps:
-            for language in sorted({row.language for row in self.rows}):
-                require(self.labelled[language], f"language {language}: no alignments, which FOBLO's outer steps need")
-
-    def __call__(self, update, worker):
-        """Episode `update` of a worker: the next task of the shuffle."""
-        o, number = self.o, update * self.o.workers + worker
-        language, rows = make_tasks(self.rows, o, draw=number // self.tasks)[number % self.tasks]
-        unlabelled = data.Batches(rows, self.config, o, self.group, stream=(6, number))
-        if o.method == "reptile" or not o.outer_steps:
-            return unlabelled, None
-        labelled = data.Batches(self.labelled[language], self.config, o, self.group, self.classes, stream=(7, number))
-        return unlabelled, labelled
-
-
-# ======== active forgetting (SpidR-Adapt) ========
+# ======== (11) active forgetting ========
 
 
 def forget(model, micro_batches, o, team, episode_seed, step_seed):
-    """Fresh codebooks and heads, the same on all ranks of the worker; then the heads are fitted to the fresh labels, on
-    the student's outputs in the very forward pass, dropout included, that the first step is about to make."""
+    """Fresh codebooks and heads, the same on all ranks of the worker. Then each head is fitted to
+    the labels of its fresh codebook, on what the student gives in the very forward pass, dropout
+    included, that the first step is about to make."""
     seed_step(*episode_seed)
     for codebook, head in zip(model.codebooks, model.heads):
         codebook.reset()
@@ -154,35 +125,27 @@ def forget(model, micro_batches, o, team, episode_seed, step_seed):
             z, targets = model.masked_frames(batch["wav"].to(team.device), batch["mask"])
             inputs.append(torch.stack(z).float())
             labels.append(model.assign(targets))
-    fit_heads(model.heads, torch.cat(inputs, 1), torch.cat(labels, 1), o.refit_steps, o.refit_lr, model.group)
+    fit_heads(model.heads, torch.cat(inputs, 1), torch.cat(labels, 1), o, team)
 
 
-def fit_heads(heads, z, labels, steps, lr, group=None):
-    """SGD on each head's cross-entropy over all frames of the worker: z [K, M, D], labels [K, M]."""
-    frames = all_sum(torch.tensor(float(labels.shape[1]), device=z.device), group)
-    for _ in range(steps):
-        for head, x, y in zip(heads, z, labels):
-            parameters = list(head.parameters())
-            loss = F.cross_entropy(head(x), y, reduction="sum") / frames
-            for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-                p.data.sub_(lr * all_sum(gradient, group))
+def fit_heads(heads, inputs, labels, o, team):
+    """SGD on each head's cross-entropy over all frames of the worker: [K, M, D], [K, M]."""
+    frames = torch.tensor(float(labels.shape[1]), device=inputs.device)
+    all_sum([frames], team.group)
+    with full_precision(inputs.device):
+        for _ in range(o.refit_steps):
+            for head, x, y in zip(heads, inputs, labels):
+                weights = list(head.parameters())
+                loss = F.cross_entropy(head(x), y, reduction="sum") / frames
+                gradients = all_sum(list(torch.autograd.grad(loss, weights)), team.group)
+                for p, gradient in zip(weights, gradients):
+                    p.data.sub_(o.refit_lr * gradient)
 
 
-# ======== MAdaPT: FOBLO and Reptile (SpidR-Adapt) ========
-# phi and theta are vectors of every parameter *and buffer* (teacher, codebooks, classifiers), all but the step counter.
-# An episode resets theta to phi and, by forgetting, the codebooks and heads. It does not reset Adam: a worker's moments
-# persist from episode to episode. The teacher stands still: nothing here calls update_teacher.
-
-
-def cyclic_lr(step, o):
-    """In an episode a linear ramp to the envelope (lr_at) of its end; in supervised steps the envelope itself."""
-    length = o.inner_steps + o.outer_steps
-    start = step - step % length
-    if o.method == "foblo" and step - start >= o.inner_steps:
-        return lr_at(step, o)
-    hold = o.warmup_steps + o.hold_steps
-    cap = lr_at(start + length if step > hold else min(start + length, hold), o)
-    return cap * min(1.0, o.lr_floor + (1 - o.lr_floor) * (step - start) / max(1, o.ramp_steps))
+# ======== MAdaPT: (8) FOBLO and (9) Reptile ========
+# phi, theta and delta are lists of every parameter *and buffer*: teacher, codebooks, classifiers,
+# all but the step counter. An episode resets theta, but not Adam, whose moments stay with their
+# worker from one episode to the next. The teacher stands still, because its decay is 1.
 
 
 def theta(model):
@@ -192,64 +155,180 @@ def theta(model):
 @torch.no_grad()
 def add(vectors, others, scale):
     """vectors += scale * others, wherever the vectors are kept."""
-    torch._foreach_add_(vectors, [t.to(v.device) for v, t in zip(vectors, others)], alpha=scale)
+    others = [t.to(v.device) for v, t in zip(vectors, others)]
+    torch._foreach_add_(vectors, others, alpha=scale)
 
 
-def meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, at):
-    """The bi-level loop, for the workers of this process, from `at` = (meta-update, which of them, step) on. After each
-    step, and the meta-update if one is due, it yields where to go on and the metrics: one may stop at any."""
+def cyclic_lr(step, o):
+    """A self-supervised step's rate climbs to the envelope, `lr_at`, of the end of its episode. A
+    supervised step's is the envelope itself."""
     length = o.inner_steps + o.outer_steps
-    inner = o.inner_steps if o.method == "foblo" else length  # Reptile has no labels: all steps are self-supervised
-    for update in range(at[0], o.updates):
-        for i in range(at[1], len(workers)):
-            first, worker = at[2], workers[i]
-            unlabelled, labelled = episodes(update, worker)
-            unlabelled = fetch(unlabelled, o, team, first, log)
-            labelled = labelled and fetch(labelled, o, team, max(first - inner, 0), log)
-            if first == 0:
-                torch._foreach_copy_(theta(model), phi)  # theta_0 = phi
-                if o.method == "reptile":
-                    add(delta, phi, -1)  # delta -= phi
-            for s in range(first, length):
-                step, supervised = update * length + s, s >= inner
-                step_seed = (o.seed, step, worker * team.world + team.rank)
-                micro_batches = list(itertools.islice(labelled if supervised else unlabelled, o.accumulate))
+    start = step - step % length
+    if o.method == "foblo" and step - start >= o.inner_steps:
+        return lr_at(step, o)
+    ramp = o.lr_floor + (1 - o.lr_floor) * (step - start) / max(1, o.ramp_steps)
+    return lr_at(start + length, o) * min(1.0, ramp)
+
+
+def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team, log, done):
+    """The bi-level loop over the workers of this process. `done` says where it goes on: how many
+    meta-updates were made, and how many episodes of the next one."""
+    M, N, foblo = o.inner_steps, o.outer_steps, o.method == "foblo"
+    for update in range(done[0], o.updates):
+        for i in range(done[1], len(workers)):
+            worker = workers[i]
+            unlabelled, labelled = episodes(update * o.workers + worker)
+            unlabelled = fetch(unlabelled, o, team, 0, log)
+            labelled = labelled and fetch(labelled, o, team, 0, log)
+            torch._foreach_copy_(theta(model), phi)  # theta_0 = phi
+            if not foblo:
+                add(delta, phi, -1)  # (9) delta -= phi
+            for s in range(M + N):
+                step, supervised = update * (M + N) + s, foblo and s >= M
+                step_seed = o.seed, step, worker * team.world + team.rank
+                micro_batches = next(labelled if supervised else unlabelled)
                 if s == 0 and o.forgetting:
                     forget(model, micro_batches, o, team, (o.seed, step, worker, 8), step_seed)
                 seed_step(*step_seed)
-                lr = cyclic_lr(step, o)
-                layer = o.supervised_layer if supervised else 0
-                metrics = train_step(model, optimizers[i], micro_batches, lr, o, team, layer) | {"lr": torch.tensor(lr)}
-                if o.method == "foblo" and s + 1 == inner:
-                    add(delta, theta(model), -1)  # delta -= theta_M
-                if s + 1 < length:
-                    yield (update, i, s + 1), metrics
-            add(delta, theta(model), 1)  # FOBLO: delta += theta_{M+N} - theta_M; Reptile: delta += theta_end - phi
-            at = (update, i + 1, 0)
+                rate, layer = cyclic_lr(step, o), o.supervised_layer if supervised else 0
+                log.add(train_step(
+                    model, optimizers[i], micro_batches, step + 1, rate, o, team, layer))
+                if foblo and s + 1 == M:
+                    add(delta, theta(model), -1)  # (8) delta -= theta_M
+                if (s + 1) % o.log_every == 0 and s + 1 < M + N:
+                    log.write((update * len(workers) + i) * (M + N) + s + 1)
+            add(delta, theta(model), 1)  # delta += theta_{M+N}
+            done = update, i + 1
             if i + 1 < len(workers):
-                yield at, metrics
+                log.write((update * len(workers) + i + 1) * (M + N))
+                save(o, place, model, phi, delta, optimizers, done, log, episodes.inventory)
 
-        # phi <- phi + beta * mean over workers of delta; the ranks of a worker all hold their worker's delta
+        # phi <- phi + beta * mean over workers of delta. The ranks of a worker hold the same delta.
         for d in delta:
-            d.copy_(all_sum(d.to(team.device)))
-        add(phi, delta, o.beta / (o.workers * team.world))
-        size = torch.stack([d.norm() for d in delta]).norm() / torch.stack([p.norm() for p in phi]).norm()
+            d.copy_(all_sum([d.to(place.device)])[0])
+        scale = 1 / (o.workers * team.world)
+        add(phi, delta, o.beta * scale)  # (8), (9)
+        log.add({"meta_update": torch.tensor(update + 1),
+                 "relative_delta": scale * norm(delta) / norm(phi)})
         torch._foreach_zero_(delta)
-        at = (update + 1, 0, 0)
-        yield at, metrics | {"meta_update": torch.tensor(at[0]), "relative_delta": size / (o.workers * team.world)}
+        done = update + 1, 0
+        log.write(done[0] * len(workers) * (M + N))
+        save(o, place, model, phi, delta, optimizers, done, log, episodes.inventory)
+
+
+def norm(vectors):
+    return torch.stack([v.float().norm() for v in vectors]).norm()
 
 
 # ======== the stage ========
 
 
+def main():
+    # ======== options, setup ========
+    o, _ = pretrain.parse_options(Options, PRESETS)
+    check_options(o)
+    place = pretrain.setup(o)
+    torch.manual_seed(o.seed)
+    model, inventory = initial_model(o, place)
+    pretrain.speed_up(model, o)
+    workers, team = lay_out(o, place)
+
+    # ======== data ========
+    episodes = Episodes(o, model.config, place, team, inventory)
+
+    # ======== model, optimizers, vectors ========
+    for language, phones in episodes.inventory.items():
+        model.add_language(language, len(phones))
+    optimizers = [pretrain.make_optimizer(model, o) for _ in workers]
+    keep = "cpu" if o.offload else place.device
+    phi = [t.to(keep, copy=True) for t in theta(model)]
+    delta = [torch.zeros_like(t) for t in phi]
+
+    # ======== resume: (meta-updates done, episodes of this process done in the next one) ========
+    network = spidr.released_config(model.config)
+    checkpoint = pretrain.open_run(o, network, model, place, episodes.rows)
+    done, totals = resume(o, place, checkpoint, phi, delta, optimizers)
+    if done[0] == o.updates:
+        return pretrain.finished(o, place)
+    episode = len(workers) * done[0] + done[1]
+    per_episode = o.inner_steps + o.outer_steps
+    log = Log(o, place, len(workers) * o.length, episode * per_episode, totals)
+
+    # ======== loop ========
+    model.train()
+    meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team, log, done)
+    if place.first:
+        pretrain.summary(log, f"{o.method}, {o.updates} meta-updates of {o.workers} workers")
+        print(f"next: python adapt.py --init {o.out} --audio FOLDER")
+
+
+# ======== plumbing: skip at first reading ========
+
+
+def check_options(o):
+    require(o.method in ("foblo", "reptile"), f"--method {o.method}: foblo or reptile")
+    require(min(o.workers, o.updates, o.inner_steps) >= 1 and o.outer_steps >= 0,
+            "--workers, --updates and --inner-steps are at least 1, --outer-steps not negative")
+    labels = o.alignments or not o.manifest or o.method == "reptile" or not o.outer_steps
+    require(labels, "--method foblo needs --alignments (reptile does without)")
+
+
+def by_language(rows):
+    languages = defaultdict(list)
+    for row in rows:
+        languages[row.language].append(row)
+    return sorted(languages.items())
+
+
+class Episodes:
+    """The batches of any episode, for the ranks of its worker: all without labels, and the
+    labelled ones of the same language."""
+
+    def __init__(self, o, config, place, team, inventory):
+        supervised = o.method == "foblo" and o.outer_steps > 0
+        self.o, self.common = o, (config, o, team.world * o.accumulate)
+        self.rows, labelled, self.classes, self.inventory = pretrain.read_data(
+            o, place, inventory, supervised)
+        self.labelled = dict(by_language(labelled))
+        self.check(supervised)
+        self.tasks = len(make_tasks(self.rows, o, draw=0))
+        for draw in range(-(-o.updates * o.workers // self.tasks)):
+            for language, rows in make_tasks(self.rows, o, draw):
+                try:  # what is too small for a batch is told now, not after hours
+                    data.Batches(rows, *self.common)
+                except InputError as error:
+                    raise InputError(f"a task of {language}: {error}") from None
+
+    def check(self, supervised):
+        for language, members in by_language(self.rows):
+            require(language, f"{members[0].where}: meta-training needs every recording's language")
+            require(language in self.labelled or not supervised,
+                    f"language {language}: no alignments, which FOBLO's outer loop needs")
+            seconds = [row.num_samples / data.SAMPLE_RATE for row in members]
+            require(sum(seconds) >= self.o.chunk_min_seconds, f"language {language}: "
+                    f"{sum(seconds):.0f} s of audio are less than --chunk-min-seconds")
+            require(max(seconds) <= self.o.chunk_seconds, f"language {language}: a recording of "
+                    f"{max(seconds):.0f} s is longer than --chunk-seconds")
+
+    def __call__(self, number):
+        """Of episode `number`: the next task of the shuffle, which is drawn anew at its end."""
+        draw, at = divmod(number, self.tasks)
+        language, rows = make_tasks(self.rows, self.o, draw)[at]
+        unlabelled, labelled = data.Batches(rows, *self.common, stream=(6, number)), None
+        if language in self.labelled:
+            labelled = data.Batches(
+                self.labelled[language], *self.common, self.classes, stream=(7, number))
+        return unlabelled, labelled
+
+
 def lay_out(o, place):
-    """The workers of this process, its place among the ranks of its worker, and their process group."""
+    """The workers of this process, and its place among the ranks of its worker."""
     require(place.world % o.workers == 0 or o.workers % place.world == 0,
             f"{o.workers} workers and {place.world} ranks: one must divide the other")
     size = max(1, place.world // o.workers)
     workers = list(range(place.rank // size, o.workers, place.world))
     group = dist.new_subgroups(size)[0] if place.world > 1 else None
-    return workers, Place(place.rank % size, size, place.device), group
+    return workers, Place(place.rank % size, size, place.device, group)
 
 
 def warn(place, message):
@@ -258,95 +337,59 @@ def warn(place, message):
 
 
 def initial_model(o, place):
-    """The network that phi is taken from, and its phone inventories; the defaults that follow the init are set."""
+    """The network that phi is taken from, and its phone inventories. The options whose default
+    depends on it are set."""
     changes = dict(layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=1.0)
     if o.init == "random":
-        warn(place, "a random initialisation; the papers find that meta-training does not converge from one")
+        warn(place, "a random initialisation; the papers find that none converges")
         model, inventory = SpidR(Config(**spidr.PRESETS[o.preset] | changes)), {}
     else:
         model, inventory = spidr.load_init(o.init, **changes)
-    labelled_init = len(model.supervised_classifiers) > 0
+    labelled = len(model.supervised_classifiers) > 0
     if o.beta < 0:
-        o.beta = 0.01 if labelled_init and o.method == "foblo" else 0.1
-    o.supervised_layer = o.supervised_layer or max(1, model.config.layers * (8 if labelled_init else 6) // 12)
+        o.beta = 0.01 if labelled and o.method == "foblo" else 0.1
+    if not o.supervised_layer:
+        o.supervised_layer = max(1, model.config.layers * (8 if labelled else 6) // 12)
     if (o.beta > 0.1 or 0 < o.beta < 0.001) and o.preset != "tiny":
         warn(place, f"beta {o.beta}: the papers find above 0.1 unstable and below 0.001 slow")
+    pretrain.check_options(o, model.config)
     return model.to(place.device), inventory
 
 
-def main():
-    # ---- options, setup
-    o, _ = parse_options(Options, PRESETS, without="steps valid benchmark freeze_step keep_every")
-    check_options(o)
-    place = setup(o)
-    torch.manual_seed(o.seed)
-    model, inventory = initial_model(o, place)
-    pretrain.compile_parts(model, o)
-    workers, team, model.group = lay_out(o, place)
-    length = o.inner_steps + o.outer_steps
-    o.steps = o.updates * len(workers) * length  # of this process
-    pretrain.check_options(o, model.config)
-
-    # ---- data
-    episodes = Episodes(o, model.config, place, team, inventory)
-
-    # ---- model, optimizers: Adam's moments are a worker's own
-    for language, phones in episodes.inventory.items():
-        model.add_language(language, len(phones))
-    optimizers = [make_optimizer(model, o) for _ in workers]
-    keep = "cpu" if o.offload else place.device
-    phi = [t.to(keep, copy=True) for t in theta(model)]
-    delta = [torch.zeros_like(t) for t in phi]
-
-    # ---- resume
-    checkpoint, at, done = open_run(o, model.config, model, place, episodes.rows), (0, 0, 0), 0
-    if checkpoint:
-        done, at = int(checkpoint["step"]), tuple(checkpoint["at"])
-        ranks = checkpoint["ranks"]
-        require(ranks == place.world, f"{o.out} was made by {ranks} processes: only as many can resume it")
-        _, mine = spidr.read_checkpoint(worker_file(o, place, done))
-        spidr.load_state(model, mine["model"], o.out)
-        phi, delta = ([t.to(keep) for t in mine[name]] for name in ("phi", "delta"))
-        for optimizer, state in zip(optimizers, mine["optimizers"]):
-            optimizer.load_state_dict(state)
-        if at[0] == o.updates:
-            return finished(o, place)
-    log, stop = Log(o, place, done, checkpoint and checkpoint["log"]), Stop(place)
-
-    # ---- loop
-    model.train()
-    for at, metrics in meta_train(o, model, phi, delta, optimizers, workers, episodes, team, log, at):
-        done = (at[0] * len(workers) + at[1]) * length + at[2]
-        stopping = stop.agreed(done)
-        log.step(done, metrics, due=done % o.save_every == 0 or stopping or "meta_update" in metrics)
-        if done % o.save_every == 0 or at[0] == o.updates or stopping:
-            save(o, place, model, phi, delta, optimizers, done, at, log, episodes.inventory)
-        if stopping and at[0] < o.updates:
-            stopped(log, done)
-    if place.first:
-        summary(log, f"{o.method}, {o.updates} meta-updates of {o.workers} workers")
-        print(f"next: python adapt.py --init {o.out} --audio FOLDER")
-
-
 def worker_file(o, place, done):
-    return Path(o.out) / f"worker_{place.rank}_step_{done}.pt"
+    return Path(o.out) / f"worker_{place.rank}_{done[0]}_{done[1]}.pt"
 
 
-def save(o, place, model, phi, delta, optimizers, done, at, log, inventory):
-    """Each process writes what it alone knows; then last.pt, naming the step, makes it count; then the old ones go."""
-    spidr.save(worker_file(o, place, done), model.state_dict(), phi=phi, delta=delta,
-               optimizers=[optimizer.state_dict() for optimizer in optimizers])
-    barrier()
+def save(o, place, model, phi, delta, optimizers, done, log, inventory):
+    """Each process writes what it alone knows. Then last.pt, which names the episode, makes that
+    count. Then the old files go."""
+    mine = worker_file(o, place, done)
+    names = [name for name in model.state_dict() if name != "current_step"]  # as theta() has them
+    moments = [optimizer.state_dict() for optimizer in optimizers]
+    spidr.save(mine, dict(zip(names, phi)), delta=delta, optimizers=moments)
+    pretrain.barrier()
     if place.first:
-        state = model.state_dict()
-        state.update(zip([name for name in state if name != "current_step"], phi))  # as theta() lists them
-        for name in ["last.pt"] + [f"update_{at[0]}.pt"] * (at[0] == o.updates):
-            spidr.save(Path(o.out) / name, state, step=done, at=at, ranks=place.world, log=log.state,
-                       inventories=inventory)
-    barrier()
-    for old in Path(o.out).glob(f"worker_{place.rank}_step_*.pt"):
-        if old != worker_file(o, place, done):
+        state = model.state_dict() | dict(zip(names, phi))
+        for name in ["last.pt"] + [f"update_{done[0]}.pt"] * (done[0] == o.updates):
+            spidr.save(Path(o.out) / name, state, done=done, ranks=place.world,
+                       totals=log.totals, inventories=inventory)
+    pretrain.barrier()
+    for old in Path(o.out).glob(f"worker_{place.rank}_*"):
+        if old != mine:
             old.unlink()
+
+
+def resume(o, place, checkpoint, phi, delta, optimizers):
+    if not checkpoint:
+        return (0, 0), None
+    ranks, done = checkpoint["ranks"], tuple(checkpoint["done"])
+    require(ranks == place.world, f"{o.out} was made by {ranks} processes: only as many resume it")
+    _, mine = spidr.read_checkpoint(worker_file(o, place, done))
+    torch._foreach_copy_(phi, list(mine["model"].values()))
+    torch._foreach_copy_(delta, mine["delta"])
+    for optimizer, state in zip(optimizers, mine["optimizers"]):
+        optimizer.load_state_dict(state)
+    return done, checkpoint["totals"]
 
 
 if __name__ == "__main__":

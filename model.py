@@ -1,24 +1,39 @@
-"""SpidR: the network, its objective, its teacher.  (Papers: SpidR, arXiv 2512.20308; SpidR-Adapt, arXiv 2512.21204.)
+"""SpidR: the network, its losses, its codebooks and its teacher.
 
-    python model.py [tiny|base]       prints the network: shapes for a second of audio, parameters, receptive field
+    python model.py [tiny|base]     prints the network: shapes for a second of audio, parameters
 
-    waveform -> downsampler -> projection -+-> mask -> student Transformer -> K heads --> log-probabilities
-                                           |                                                  | cross-entropy
-                                           +---------> teacher Transformer -> K codebooks --> labels of masked frames
+Papers: SpidR, arXiv 2512.20308; SpidR-Adapt, arXiv 2512.21204.
 
-The teacher is a moving average of the student; a codebook is a moving average of the teacher's outputs, each counted
-for its nearest codeword. Layers are counted from 1; head and codebook k (from 0) belong to layer L-K+1+k.
+    waveform -> downsample -> project -+-> mask -> student -> K heads -----> log-probabilities
+                                       |                                         | cross-entropy
+                                       +---------> teacher -> K codebooks -> labels
 
-Shapes: B batch, N samples, T frames, D width, L layers, K codebooks, V codewords, M masked frames of the batch.
+A training step, with the numbers that its equations have here and in README.md:
+
+    (1) x = project(downsample(wav))         the teacher reads x, the student reads x masked
+    (2) f = FFN(h); t = norm(teacher's f)    a layer's output, before its residual sum; the target
+    (3) y = argmin_v |t - S_v / N_v|         the label: the nearest codeword of the layer's codebook
+    (4) loss = mean of -log p(y)             over masked frames and the last K layers
+    (5) N <- a N + (1 - a) n, S likewise     a codeword was given n frames, whose sum is s
+    (6) teacher <- b teacher + (1 - b) student
+    (7) loss = mean of -log p(phone)         in supervised steps, instead of (4)
+
+Layers are counted from 1. Head and codebook k, counted from 0, belong to layer L-K+1+k.
+Shapes: B batch, N samples, T frames, C channels, D width, L layers, K codebooks, V codewords,
+M masked frames of the batch. An attribute has the name that released checkpoints give it.
 """
 
+import contextlib
 import ctypes
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
-from dataclasses import asdict, dataclass, replace
+import traceback
+from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -27,255 +42,110 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: where, what, and what to do."""
+# ======== the sizes ========
 
 
-def require(condition, message):
-    if not condition:
-        raise InputError(message)
-
-
-def keep_memory():
-    """Linux' malloc returns large blocks at once and gets them again page by page: a tenth of a step on a CPU."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and none goes back
-    except (OSError, TypeError, AttributeError):  # no such thing on this system
-        pass
-
-
-def run(main):
-    """The entry of every script: a mistake of the user's ends in one line and exit status 2, not in a traceback."""
-    keep_memory()
-    code = 0
-    try:
-        main()
-        if dist.is_initialized():
-            dist.barrier()  # a rank that leaves while another still works takes it down
-    except (InputError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as stop:
-        code = stop.code or 0
-    if dist.is_initialized():
-        # At once: gloo's threads may hold Python objects, and abort when the interpreter winds down around them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if code:
-        sys.exit(code)
-
-
-# ======== options ========
+def option(default, meaning):
+    """A field of a dataclass of options. Its meaning is also what --help prints."""
+    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass
 class Config:
     """The network. The defaults are the base model of the papers."""
 
-    objective: str = "spidr"  # spidr: head k reads the student's layer L-K+1+k; dinosr: every head reads the last layer
-    norm: str = "layer_norm"  # downsampler: layer_norm after every convolution, or group_norm after the first only
-    conv_layers: tuple = ((512, 10, 5),) + ((512, 3, 2),) * 4 + ((512, 2, 2),) * 2  # [channels, kernel, stride] each
-    conv_bias: bool = False  # biases in the downsampler
-    dim: int = 768  # D, the width
-    layers: int = 12  # L, Transformer layers
-    heads: int = 12  # attention heads
-    ffn: int = 3072  # inner width of the feed-forward blocks
-    qkv_bias: bool = False  # bias in the query-key-value projection
-    pos_kernel: int = 95  # frames of the positional convolutions together: each has a kernel of pos_kernel // pos_depth
-    pos_depth: int = 5  # how many positional convolutions
-    pos_groups: int = 16  # groups of each
-    projection_dropout: float = 0.0  # after the projection
-    dropout: float = 0.1  # on both residual branches and after the positional convolutions
-    attention_dropout: float = 0.1  # on the attention weights
-    ffn_dropout: float = 0.0  # inside the feed-forward blocks
-    layer_drop: float = 0.0  # probability that the residual stream skips a layer
-    init_std: float = 0.02  # of the feed-forward weights
-    codebooks: int = 8  # K: one for each of the last K layers
-    codewords: int = 256  # V, in each codebook
-    codebook_decay: float = 0.9  # of the codewords' sums and counts; 1 keeps the codebooks as they are
-    ema_start: float = 0.999  # b0, where the teacher's decay starts; 1 keeps the teacher as it is
-    ema_timescale: float = 20000.0  # steps in which the teacher's decay approaches 1
-    ema_threshold: float = 1e-7  # the teacher stops for good once 1 - decay is this small
+    objective: str = option("spidr", "spidr: a head reads its own layer; dinosr: all read the last")
+    norm: str = option("layer_norm", "after each convolution; group_norm: after the first only")
+    conv_layers: tuple = option(
+        ((512, 10, 5),) + ((512, 3, 2),) * 4 + ((512, 2, 2),) * 2,
+        "the downsampler: [channels, kernel, stride] of each convolution")
+    conv_bias: bool = option(False, "biases in the downsampler")
+    dim: int = option(768, "D, the width")
+    layers: int = option(12, "L, Transformer layers")
+    heads: int = option(12, "attention heads")
+    ffn: int = option(3072, "inner width of the feed-forward blocks")
+    qkv_bias: bool = option(False, "bias in the query-key-value projection")
+    pos_kernel: int = option(95, "frames that the positional convolutions share between them")
+    pos_depth: int = option(5, "positional convolutions, each of kernel pos_kernel // pos_depth")
+    pos_groups: int = option(16, "groups of each positional convolution")
+    projection_dropout: float = option(0.0, "after the projection")
+    dropout: float = option(0.1, "on residual branches and after the positional convolutions")
+    attention_dropout: float = option(0.1, "on the attention weights")
+    ffn_dropout: float = option(0.0, "inside the feed-forward blocks")
+    layer_drop: float = option(0.0, "probability that the residual stream skips a layer")
+    init_std: float = option(0.02, "of the initial feed-forward weights")
+    codebooks: int = option(8, "K: one for each of the last K layers")
+    codewords: int = option(256, "V, in each codebook")
+    codebook_decay: float = option(0.9, "a in (5); 1 keeps the codebooks as they are")
+    ema_start: float = option(0.999, "b0, where b in (6) starts; 1 keeps the teacher as it is")
+    ema_timescale: float = option(20000.0, "steps in which b approaches 1")
+    ema_threshold: float = option(1e-7, "the teacher stops for good once 1 - b is this small")
 
     def __post_init__(self):
-        try:
-            self.conv_layers = tuple((int(c), int(k), int(s)) for c, k, s in self.conv_layers)
-        except (TypeError, ValueError):
-            raise InputError("conv_layers: a list of [channels, kernel, stride]") from None
-        dropouts = self.projection_dropout, self.dropout, self.attention_dropout, self.ffn_dropout, self.layer_drop
-        require(self.objective in ("spidr", "dinosr"), f"objective {self.objective!r}: spidr or dinosr")
-        require(self.norm in ("layer_norm", "group_norm"), f"norm {self.norm!r}: layer_norm or group_norm")
-        sizes = self.dim, self.layers, self.heads, self.ffn, self.pos_depth, self.pos_groups
-        require(min(sizes + sum(self.conv_layers, ())) >= 1,
-                "dim, layers, heads, ffn, pos_depth, pos_groups and the numbers of conv_layers are at least 1")
-        require(self.dim % self.heads == 0, f"dim {self.dim} does not divide into {self.heads} heads")
-        require(self.dim % self.pos_groups == 0, f"dim {self.dim} does not divide into {self.pos_groups} pos_groups")
-        require(self.pos_kernel // self.pos_depth % 2 == 1, "pos_kernel // pos_depth must be odd")
-        require(1 <= self.codebooks <= self.layers, f"codebooks: from 1 to the number of layers, {self.layers}")
-        require(self.codewords >= 2, "codewords: at least 2")
-        require(all(0 <= p < 1 for p in dropouts), "dropouts lie in [0, 1)")
-        require(math.prod(stride for *_, stride in self.conv_layers) == 320,
-                "conv_layers: the strides multiply to 320 samples, a frame at 50 Hz")
-        require(0 <= self.codebook_decay <= 1 and 0 <= self.ema_start <= 1, "decays lie in [0, 1]")
-        require(self.ema_timescale > 0 and self.init_std > 0, "ema_timescale and init_std are positive")
+        check_config(self)
 
 
-# tiny: what learns in minutes on two cores. Smaller throughout; group norm, because LayerNorm after every one of
-# so few channels does not get going in so few steps; wider initial feed-forward weights to keep a layer's gain at
-# a smaller width; a teacher that settles within hundreds of steps.
+# tiny is what learns in minutes on two cores. It departs from base in more than size: group norm,
+# because LayerNorm after each of so few channels does not get going in so few steps; wider initial
+# feed-forward weights, which keep a layer's gain at a smaller width; and a teacher that settles
+# within hundreds of steps.
 PRESETS = {
     "base": {},
-    "tiny": dict(norm="group_norm", conv_layers=((32, 10, 5),) + ((64, 3, 2),) * 4 + ((64, 2, 2),) * 2,
-                 dim=128, layers=4, heads=4, ffn=512, pos_kernel=57, pos_depth=3, dropout=0.0, attention_dropout=0.0,
-                 init_std=0.05, codebooks=3, codewords=48, ema_timescale=500.0),
-}
-
-# Our name for each entry of the "model" section in a released config.json. Ours are written under the same names.
-RELEASED_NAMES = {
-    "objective": "objective", "norm": "extractor_mode", "conv_layers": "extractor_conv_layer_config",
-    "conv_bias": "extractor_conv_bias", "dim": "encoder_embed_dim", "layers": "encoder_num_layers",
-    "heads": "encoder_num_heads", "ffn": "encoder_ff_interm_features", "qkv_bias": "encoder_qkv_bias",
-    "pos_kernel": "encoder_pos_conv_kernel", "pos_depth": "encoder_pos_conv_depth",
-    "pos_groups": "encoder_pos_conv_groups", "projection_dropout": "encoder_projection_dropout",
-    "dropout": "encoder_dropout", "attention_dropout": "encoder_attention_dropout",
-    "ffn_dropout": "encoder_ff_interm_dropout", "layer_drop": "encoder_layer_drop", "init_std": "init_std",
-    "codebooks": "num_codebooks", "codewords": "codebook_size", "codebook_decay": "codebook_decay",
-    "ema_start": "ema_start_decay", "ema_timescale": "ema_timescale", "ema_threshold": "ema_threshold",
+    "tiny": dict(
+        norm="group_norm", conv_layers=((32, 10, 5),) + ((64, 3, 2),) * 4 + ((64, 2, 2),) * 2,
+        dim=128, layers=4, heads=4, ffn=512, pos_kernel=57, pos_depth=3, dropout=0.0,
+        attention_dropout=0.0, init_std=0.05, codebooks=3, codewords=48, ema_timescale=500.0),
 }
 
 
-# ======== products and convolutions ========
-
-
-def by_onednn(x):
-    plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-    return x.is_cpu and plain and torch.backends.mkldnn.is_available()
-
-
-def linear(x, weight, bias=None):
-    """F.linear. PyTorch leaves it to MKL. On an AMD CPU with AVX-512 oneDNN is a quarter faster at large ones, which is
-    an eighth of a step of base; without AVX-512 it is not."""
-    large = x.dtype == torch.float32 and weight.numel() >= 2**18
-    if large and by_onednn(x) and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return Product.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x, weight), (to_x, to_weight, to_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        x, flat = x.flatten(0, -2), gradient.flatten(0, -2)
-        return (linear(gradient, weight.T) if to_x else None,
-                linear(flat.T, x.T) if to_weight else None,
-                flat.sum(0) if to_bias else None)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
-def convolve(x, layer):
-    """x [B, N, C] by an nn.Conv1d with a stride, or with padding and groups -> [B, N', C'].
-
-    A conv1d makes time contiguous, and then oneDNN's kernels make channels so. For a conv2d over pictures of height one
-    they are already, and for the norms too: a step of tiny takes a seventh less on a CPU."""
-    if not by_onednn(x):
-        return layer(x.mT).mT
-    if layer.groups > 1 or any(layer.padding):
-        x = F.conv2d(x.mT[:, :, None], layer.weight[:, :, None], padding=(0, *layer.padding), groups=layer.groups)
-        x = x[:, :, 0].mT
-    else:
-        x = Convolution.apply(x, layer.weight, *layer.stride)
-    return x if layer.bias is None else x + layer.bias
-
-
-class Convolution(torch.autograd.Function):
-    """oneDNN is slow at the gradient to the weight when channels are contiguous. Here it is a matrix product for every
-    `stride` taps of the kernel: what they see at all steps is a view of the input."""
-
-    @staticmethod
-    def forward(ctx, x, weight, stride):
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return F.conv2d(x.mT[:, :, None], weight[:, :, None], stride=(1, stride))[:, :, 0].mT
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x, weight), stride, to_x, to_weight = ctx.saved_tensors, ctx.stride, None, None
-        (N, C), (_, _, kernel), (_, frames, channels) = x.shape[1:], weight.shape, gradient.shape
-        if ctx.needs_input_grad[0]:
-            unread = N - (frames - 1) * stride - kernel  # samples at the end, too few for another step
-            to_x = F.conv_transpose2d(gradient.mT[:, :, None], weight[:, :, None], stride=(1, stride),
-                                      output_padding=(0, unread))[:, :, 0].mT
-        if ctx.needs_input_grad[1]:
-            to_weight = []
-            for tap in range(0, kernel, stride):
-                seen = x[:, tap:].unfold(1, min(stride, kernel - tap), stride)[:, :frames]  # [B, N', C, taps]
-                to_weight.append(gradient.mT.bmm(seen.mT.flatten(2)).sum(0))
-            to_weight = torch.cat(to_weight, 1).view(channels, kernel, C).mT
-        return to_x, to_weight, None
-
-
-# ======== downsampler ========
+# ======== (1) the downsampler and the projection ========
 
 
 def num_frames(samples, config):
-    """Frames that the downsampler makes of so many samples (an int or a tensor of them)."""
+    """How many frames the downsampler makes of so many samples, an int or a tensor of them."""
     for _, kernel, stride in config.conv_layers:
         samples = (samples - kernel) // stride + 1
     return samples
 
 
-def valid_frames(lengths, frames, device):
-    """[B] lengths -> [B, T], true before each length; None where nothing is padded, so that attention needs no mask."""
-    return None if lengths is None else torch.arange(frames, device=device) < lengths.to(device)[:, None]
+def valid_frames(lengths, frames):
+    """[B] lengths -> [B, T], true before each length. Without lengths nothing is padded: None."""
+    if lengths is None:
+        return None
+    return torch.arange(frames, device=lengths.device) < lengths[:, None]
+
+
+def instance_norm(x, valid=None, eps=1e-5):
+    """Each utterance and channel of x [B, T, D] to mean 0 and variance 1 over its valid frames."""
+    x, share = x.float(), 1 / x.shape[1]
+    if valid is not None:
+        share = valid[..., None] / valid.sum(1)[:, None, None]  # [B, T, 1]
+    x = x - (x * share).sum(1, keepdim=True)
+    return x * ((x.square() * share).sum(1, keepdim=True) + eps).rsqrt()
 
 
 class ConvLayer(nn.Module):
+    """A convolution, perhaps a norm over channels or over time, and GELU."""
+
     def __init__(self, channels_in, channels, kernel, stride, norm, bias):
         super().__init__()
         self.conv = nn.Conv1d(channels_in, channels, kernel, stride, bias=bias)
-        self.layer_norm = (nn.LayerNorm(channels) if norm == "layer_norm" else
-                           nn.GroupNorm(channels, channels) if norm == "group_norm" else nn.Identity())
+        self.layer_norm = nn.Identity()
+        if norm == "layer_norm":
+            self.layer_norm = nn.LayerNorm(channels)
+        elif norm == "group_norm":
+            self.layer_norm = nn.GroupNorm(channels, channels)
         nn.init.kaiming_normal_(self.conv.weight)
 
-    def forward(self, x, lengths=None):  # [B, N, C_in] -> [B, N', C], of which `lengths` are no padding
-        if isinstance(self.layer_norm, nn.GroupNorm):
-            return F.gelu(self.group_norm(x[..., 0], lengths))
-        return F.gelu(self.layer_norm(convolve(x, self.conv)))
-
-    def group_norm(self, wav, lengths):
-        """The convolution of wav [B, N] and its norm, one group a channel: over the time that is no padding.
-
-        A channel is a weighted sum of what the kernel sees, whose mean and covariance tell the channel's own. So the
-        norm becomes other weights and a shift for each utterance; a step of tiny takes 3% less on a CPU."""
-        windows = wav.unfold(1, *self.conv.kernel_size, *self.conv.stride)  # [B, N', kernel], a view
-        seen = (windows.cpu() if wav.device.type == "mps" else windows).double()  # a covariance subtracts near numbers
-        weight, gain, bias = (p.to(seen.device) for p in (self.conv.weight[:, 0], *self.layer_norm.parameters()))
-        valid = valid_frames(lengths, seen.shape[1], seen.device)
-        share = 1 / seen.shape[1] if valid is None else valid[..., None] / valid.sum(1)[:, None, None]
-        shared, exact = seen * share, weight.double()
-        mean = shared.sum(1)  # [B, kernel]
-        covariance = shared.mT @ seen - mean[:, :, None] * mean[:, None]
-        scale = gain * ((exact @ covariance * exact).sum(-1) + self.layer_norm.eps).rsqrt()  # [B, C]
-        shift = bias - scale * (mean @ exact.T)  # a bias of the convolution would cancel
-        return windows @ (weight * scale[..., None]).to(wav).mT + shift.to(wav)[:, None]
+    def forward(self, x, valid=None):  # [B, C_in, N] -> [B, C, N']
+        x, norm = self.conv(x), self.layer_norm
+        if isinstance(norm, nn.LayerNorm):
+            x = norm(x.mT).mT
+        elif isinstance(norm, nn.GroupNorm) and valid is not None:  # over what is no padding
+            x = (instance_norm(x.mT, valid) * norm.weight + norm.bias).mT
+        else:
+            x = norm(x)
+        return F.gelu(x)
 
 
 class Downsampler(nn.Module):
@@ -285,17 +155,19 @@ class Downsampler(nn.Module):
         super().__init__()
         self.conv_layers, channels_in = nn.ModuleList(), 1
         for i, (channels, kernel, stride) in enumerate(config.conv_layers):
-            norm = config.norm if config.norm == "layer_norm" or i == 0 else None
-            self.conv_layers.append(ConvLayer(channels_in, channels, kernel, stride, norm, config.conv_bias))
+            norm = config.norm if i == 0 or config.norm == "layer_norm" else None
+            layer = ConvLayer(channels_in, channels, kernel, stride, norm, config.conv_bias)
+            self.conv_layers.append(layer)
             channels_in = channels
 
     def forward(self, wav, lengths=None):  # [B, N] -> [B, T, C]
-        x = wav[..., None]
+        x = wav[:, None]  # [B, 1, N]
         for layer in self.conv_layers:
+            kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
             if lengths is not None:
-                lengths = (lengths - layer.conv.kernel_size[0]) // layer.conv.stride[0] + 1
-            x = layer(x, lengths)
-        return x
+                lengths = (lengths - kernel) // stride + 1
+            x = layer(x, valid_frames(lengths, (x.shape[-1] - kernel) // stride + 1))
+        return x.mT
 
 
 class Projection(nn.Module):
@@ -303,41 +175,41 @@ class Projection(nn.Module):
         super().__init__()
         channels = config.conv_layers[-1][0]
         self.layer_norm = nn.LayerNorm(channels)
-        self.projection = Linear(channels, config.dim)
+        self.projection = nn.Linear(channels, config.dim)
         self.dropout = nn.Dropout(config.projection_dropout)
 
     def forward(self, x):  # [B, T, C] -> [B, T, D]
         return self.dropout(self.projection(self.layer_norm(x)))
 
 
-# ======== Transformer ========
+# ======== (2) the Transformer ========
 
 
 class PositionalConv(nn.Module):
-    """Position by convolution: added to the Transformer's input."""
+    """Tells frames where they are, by convolutions. It is added to the Transformer's input."""
 
     def __init__(self, config):
         super().__init__()
-        kernel = config.pos_kernel // config.pos_depth
-        self.convs = nn.ModuleList(nn.Conv1d(config.dim, config.dim, kernel, padding=kernel // 2,
-                                             groups=config.pos_groups) for _ in range(config.pos_depth))
+        D, kernel = config.dim, config.pos_kernel // config.pos_depth
+        self.convs = nn.ModuleList(
+            nn.Conv1d(D, D, kernel, padding=kernel // 2, groups=config.pos_groups)
+            for _ in range(config.pos_depth))
 
     def forward(self, x, valid=None):  # [B, T, D]
-        def clear(x):  # of what is padding
-            return x if valid is None else x.masked_fill(~valid[..., None], 0)
-
+        padding = None if valid is None else ~valid[..., None]
         for conv in self.convs:
-            x = convolve(clear(x), conv)
+            x = x if padding is None else x.masked_fill(padding, 0)
+            x = conv(x.mT).mT
             x = F.gelu(F.layer_norm(x, x.shape[-1:]))
-        return clear(x)
+        return x if padding is None else x.masked_fill(padding, 0)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.heads, self.dropout = config.heads, config.attention_dropout
-        self.qkv = Linear(config.dim, 3 * config.dim, bias=config.qkv_bias)
-        self.proj = Linear(config.dim, config.dim)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.dim, config.dim)
         nn.init.xavier_uniform_(self.qkv.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
@@ -346,17 +218,18 @@ class Attention(nn.Module):
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D/heads] each
-        mask = None if valid is None else valid[:, None, None]  # padding is no key
-        x = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        mask = None if valid is None else valid[:, None, None]  # nobody attends to padding
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.intermediate_dense = Linear(config.dim, config.ffn)
+        self.intermediate_dense = nn.Linear(config.dim, config.ffn)
         self.dropout = nn.Dropout(config.ffn_dropout)
-        self.output_dense = Linear(config.ffn, config.dim)
+        self.output_dense = nn.Linear(config.ffn, config.dim)
         for dense in self.intermediate_dense, self.output_dense:
             nn.init.normal_(dense.weight, std=config.init_std)
             nn.init.zeros_(dense.bias)
@@ -366,8 +239,8 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """A post-norm Transformer layer. Its *output*, in every sense of the papers (targets, predictions, features), is
-    what the feed-forward block gives before the residual sum."""
+    """A post-norm Transformer layer. What the papers call its output, everywhere (targets,
+    predictions, features), is what the feed-forward block gives before the residual sum."""
 
     def __init__(self, config):
         super().__init__()
@@ -377,9 +250,9 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, valid=None):  # [B, T, D] -> the residual stream and the output, [B, T, D] both
+    def forward(self, x, valid=None):  # [B, T, D] -> the residual stream and the output, both so
         x = self.layer_norm(x + self.dropout(self.attention(x, valid)))
-        output = self.feed_forward(x)
+        output = self.feed_forward(x)  # (2)
         return self.final_layer_norm(x + self.dropout(output)), output
 
 
@@ -392,13 +265,15 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
     def forward(self, x, valid=None, depth=None):
-        """The residual stream after layer `depth`, [B, T, D], and the list of the outputs of the layers up to it."""
+        """The residual stream after layer `depth`, and the outputs of the layers up to it."""
         x = self.dropout(self.layer_norm(x + self.pos_conv_embed(x, valid)))
         outputs = []
         for layer in self.layers[:depth]:
             stream, output = layer(x, valid)
-            outputs.append(output)  # of a dropped layer too: its head has to learn
-            if self.training and self.layer_drop > 0:  # chosen, not passed over: ranks that drop others sum the same
+            outputs.append(output)  # also of a dropped layer, whose head has to learn
+            if self.training and self.layer_drop > 0:
+                # Every rank computes the layer and then selects, so that all ranks have the same
+                # gradients to sum.
                 dropped = (torch.rand(()) < self.layer_drop).to(x.device, non_blocking=True)
                 stream = torch.where(dropped, x, stream)
             x = stream
@@ -409,7 +284,7 @@ class Transformer(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Codeword v is S_v / N_v, the decayed sum over the decayed count of the targets assigned to it."""
+    """Codeword v is S_v / N_v: the average, with forgetting, of the targets assigned to it."""
 
     def __init__(self, config):
         super().__init__()
@@ -419,13 +294,11 @@ class Codebook(nn.Module):
 
     def reset(self):
         noise = torch.randn(self.codebook.shape)
-        self.codebook.copy_((noise - noise.mean(0)) * (noise.var(0, correction=0) + 1e-5).rsqrt())
+        self.codebook.copy_(instance_norm(noise[None])[0])
         self.counts.fill_(1)
 
 
 class SpidR(nn.Module):
-    """Attributes carry the names of the released checkpoints, so that loading and saving translate nothing."""
-
     def __init__(self, config=None):
         super().__init__()
         self.config = config = config or Config()
@@ -440,191 +313,402 @@ class SpidR(nn.Module):
         self.codebooks = nn.ModuleList(Codebook(config) for _ in range(K))
         self.supervised_classifiers = nn.ModuleDict()
         self.register_buffer("current_step", torch.zeros(1, dtype=torch.int64))
-        self.group = None  # the process group that shares a batch; None: all ranks, if there are any
-        self.pending = None  # statistics of the step's micro-batches so far
 
     def train(self, mode=True):
         super().train(mode)
-        self.teacher.eval()  # never any dropout in the targets
+        self.teacher.eval()  # there is never any dropout in the targets
         return self
-
-    def freeze_front_end(self):
-        for part in self.feature_extractor, self.feature_projection:
-            for p in part.requires_grad_(False).parameters():
-                p.grad = None  # without a gradient the optimizer passes it by
 
     # -------- inference --------
 
     def frames(self, wav, lengths=None):
         """[B, N] -> projected frames [B, T, D], and which of them are no padding."""
+        lengths = None if lengths is None else lengths.to(wav.device)
         features = self.feature_extractor(wav, lengths)
         lengths = None if lengths is None else num_frames(lengths, self.config)
-        return self.feature_projection(features), valid_frames(lengths, features.shape[1], wav.device)
+        return self.feature_projection(features), valid_frames(lengths, features.shape[1])
 
     def encode(self, wav, lengths=None):
-        """Standardised wav [B, N], padded where lengths [B] says so -> the outputs of layers 1..L, [B, T, D] each."""
+        """Standardised wav [B, N], padded where lengths [B] say so -> L outputs [B, T, D]."""
         return self.student(*self.frames(wav, lengths))[1]
 
     def units(self, wav, lengths=None):
         """The codeword that each head expects, [K, B, T]."""
-        stream, outputs = self.student(*self.frames(wav, lengths))
-        outputs = self.head_inputs(stream, outputs)
-        return torch.stack([head(x).argmax(-1) for head, x in zip(self.heads, outputs)])
+        inputs = self.head_inputs(*self.student(*self.frames(wav, lengths)))
+        return torch.stack([head(x).argmax(-1) for head, x in zip(self.heads, inputs)])
 
     def head_inputs(self, stream, outputs):
-        # SpidR's one change to DinoSR's objective. With every head on the last layer, nothing ties a lower layer of the
-        # student to the codebook of its own teacher layer, and codebooks collapse; a head a layer keeps them alive.
+        # SpidR's one change to DinoSR's objective. With every head on the last layer, nothing ties
+        # a lower layer of the student to the codebook of its own teacher layer, and codebooks
+        # collapse; a head for each layer keeps them alive.
         if self.config.objective == "dinosr":
             return [stream] * self.config.codebooks
-        return self.last(outputs)
-
-    def last(self, outputs):
-        """The layers that have a head and a codebook."""
         return outputs[-self.config.codebooks :]
 
-    def hide(self, x, mask):
-        """The mask embedding in the place of the masked frames."""
-        return torch.where(mask.to(x.device, non_blocking=True)[..., None], self.mask_embedding.to(x.dtype), x)
+    # -------- self-supervised training --------
 
-    # -------- self-supervised training (SpidR) --------
-
-    def forward(self, wav, mask, lengths=None, commit=True):
-        """One training forward: the mean loss over masked frames and codebooks, and the metrics of the step.
-
-        mask [B, T] bool; on the CPU it costs a GPU no synchronisation. In train mode the codebooks move, after the
-        assignment. commit=False: more micro-batches of the same step follow; the last one reduces and moves for all.
-        """
-        z, targets = self.masked_frames(wav, mask, lengths)  # K times [M, D]; [K, M, D]
+    def forward(self, wav, mask, lengths=None):
+        """(1) to (4): the loss of a micro-batch, and the sums from which codebooks and metrics
+        are made. Nothing moves. `mask` [B, T] is true where the student does not hear; it may be
+        on the CPU, where looking for its ones makes no GPU wait."""
+        inputs, targets = self.masked_frames(wav, mask, lengths)  # K times [M, D], [K, M, D]
         labels = self.assign(targets)  # [K, M]
-        log_probs = torch.stack([head(x) for head, x in zip(self.heads, z)]).log_softmax(-1)  # [K, M, V]
+        logits = torch.stack([head(x) for head, x in zip(self.heads, inputs)])  # [K, M, V]
+        log_probs = logits.float().log_softmax(-1)
         losses = -log_probs.gather(-1, labels[..., None])[..., 0]  # [K, M]
-        metrics = self.finish_step(losses.detach(), log_probs.detach(), labels, targets, commit)
-        return losses.sum() / max(1, losses.numel()), metrics  # a batch may be without a single masked frame
+        loss = losses.sum() / max(1, losses.numel())  # (4)
+        return loss, self.statistics(losses, log_probs, labels, targets)
 
     def masked_frames(self, wav, mask, lengths=None):
-        """What the heads read, K times [M, D], and what their codebooks sort, [K, M, D], at the masked frames."""
-        x, valid = self.frames(wav, lengths)  # [B, T, D]
-        where = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)  # [M]
+        """At the masked frames: what the K heads read, [M, D] each, and the targets [K, M, D]."""
+        x, valid = self.frames(wav, lengths)  # (1) [B, T, D]
+        where = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)  # [M] of B T
         with torch.no_grad():
             _, outputs = self.teacher(x, valid)  # the teacher hears everything
-            targets = torch.stack([instance_norm(y, valid).flatten(0, 1)[where] for y in self.last(outputs)])
-        stream, outputs = self.student(self.hide(x, mask), valid)
-        return [y.flatten(0, 1)[where] for y in self.head_inputs(stream, outputs)], targets
+            outputs = outputs[-self.config.codebooks :]
+            targets = [instance_norm(y, valid).flatten(0, 1)[where] for y in outputs]  # (2)
+        inputs = self.head_inputs(*self.student(self.hide(x, mask), valid))
+        return [y.flatten(0, 1)[where] for y in inputs], torch.stack(targets)
+
+    def hide(self, x, mask):
+        """One learned vector in the place of every masked frame."""
+        mask = mask.to(x.device, non_blocking=True)[..., None]  # [B, T, 1]
+        return torch.where(mask, self.mask_embedding.to(x.dtype), x)  # (1)
 
     @torch.no_grad()
     def assign(self, targets):
-        """The nearest codeword, [K, M, D] -> [K, M], in float32 (TF32 on GPUs) whatever autocast says."""
-        with torch.autocast(targets.device.type, enabled=False):
-            codewords = torch.stack([c.codebook / c.counts[:, None] for c in self.codebooks])  # [K, V, D]
-            # |t - c|^2 without |t|^2, which is the same for every codeword
-            distance = torch.baddbmm(codewords.square().sum(-1)[:, None], targets.float(), codewords.mT, alpha=-2)
-            return distance.argmin(-1)
+        """The nearest codeword of each target, [K, M, D] -> [K, M]."""
+        with full_precision(targets.device):
+            codewords = torch.stack([c.codebook / c.counts[:, None] for c in self.codebooks])
+            # |t - c|^2 without |t|^2, which is the same for every codeword c. [K, M, V]
+            norms = codewords.square().sum(-1)[:, None]
+            distances = torch.baddbmm(norms, targets.float(), codewords.mT, alpha=-2)
+            return distances.argmin(-1)  # (3)
 
     @torch.no_grad()
-    def finish_step(self, losses, log_probs, labels, targets, commit):
-        """Sums over the step's micro-batches and ranks; with the last (commit) codebooks move and metrics come out."""
+    def statistics(self, losses, log_probs, labels, targets):
+        """Sums over the masked frames, to be added up over micro-batches and over ranks."""
         (K, M), V, D = labels.shape, self.config.codewords, self.config.dim
-        slot = (labels + V * torch.arange(K, device=labels.device)[:, None]).flatten()  # k V + v
-        one_hot_sum = torch.zeros(K * V, device=slot.device).index_add_(0, slot, torch.ones(K * M, device=slot.device))
-        target_sum = torch.zeros(K * V, D, device=slot.device).index_add_(0, slot, targets.float().flatten(0, 1))
-        hits = (log_probs.argmax(-1) == labels).sum(1)
-        statistics = [losses.sum(1), hits, losses.new_full((K,), M), log_probs.exp().sum(1), one_hot_sum, target_sum]
-        flat = torch.cat([s.float().flatten() for s in statistics])
-        self.pending = flat if self.pending is None else self.pending + flat
-        if not commit:
-            return {}
-        flat, self.pending = all_sum(self.pending, self.group), None
-        loss, hits, frames, probs, n, s = flat.split([K, K, K, K * V, K * V, K * V * D])
-        n = n.view(K, V)
-        if self.training:
-            self.update_codebooks(n, s.view(K, V, D))
-        return health(loss / frames, hits / frames, n / frames[:, None], probs.view(K, V) / frames[:, None])
+        codeword = (labels + V * torch.arange(K, device=labels.device)[:, None]).flatten()  # of K V
+        counts, sums = losses.new_zeros(K * V), losses.new_zeros(K * V, D)
+        counts.index_add_(0, codeword, losses.new_ones(K * M))
+        sums.index_add_(0, codeword, targets.to(sums.dtype).flatten(0, 1))
+        return {
+            "frames": losses.new_full((), M),
+            "loss": losses.sum(1),  # [K]
+            "hits": (log_probs.argmax(-1) == labels).sum(1).to(losses.dtype),  # [K]
+            "predicted": log_probs.exp().sum(1),  # [K, V] the predicted distributions
+            "counts": counts.view(K, V),  # n in (5), the labels
+            "sums": sums.view(K, V, D),  # s in (5)
+        }
 
-    def update_codebooks(self, n, s):
-        """N <- decay N + (1 - decay) n and S likewise, for the codewords that got a frame: n [K, V], s [K, V, D]."""
-        decay = self.config.codebook_decay
-        used = (n > 0) & s.isfinite().all()  # an idle codeword keeps its place; a broken batch moves none
-        for k, c in enumerate(self.codebooks):
-            c.counts.copy_(torch.where(used[k], decay * c.counts + (1 - decay) * n[k], c.counts))
-            c.codebook.copy_(torch.where(used[k][:, None], decay * c.codebook + (1 - decay) * s[k], c.codebook))
+    def health(self, stats):
+        """The metrics of a step: the mean over codebooks, and NAME_k for each of them."""
+        frames = stats["frames"]
+        labels, predicted = stats["counts"] / frames, stats["predicted"] / frames  # [K, V]
+        by_codebook = {
+            "loss": stats["loss"] / frames,
+            "accuracy": stats["hits"] / frames,
+            "target_ppl": 2 ** entropy(labels),
+            "pred_ppl": 2 ** entropy(predicted),
+            "active": (labels > 0).sum(-1).to(labels.dtype),
+            "usage_entropy": entropy(labels) / math.log2(labels.shape[-1]),
+        }
+        metrics = {name: values.mean() for name, values in by_codebook.items()}
+        for name, values in by_codebook.items():
+            metrics |= {f"{name}_{k}": value for k, value in enumerate(values)}
+        return metrics
+
+    # -------- what moves after the optimizer's step --------
+
+    @torch.no_grad()
+    def update_codebooks(self, stats):
+        """For the codewords that were given a frame. A batch that is not finite moves none."""
+        decay, finite = self.config.codebook_decay, stats["sums"].isfinite().all()
+        for codebook, n, s in zip(self.codebooks, stats["counts"], stats["sums"]):
+            used = (n > 0) & finite  # a codeword without a frame does not decay
+            counts = decay * codebook.counts + (1 - decay) * n  # (5)
+            sums = decay * codebook.codebook + (1 - decay) * s  # (5)
+            codebook.counts.copy_(torch.where(used, counts, codebook.counts))
+            codebook.codebook.copy_(torch.where(used[:, None], sums, codebook.codebook))
 
     def ema_decay(self, step):
-        """b(s) = 1 - (1 - b0) exp(-s / timescale), and 1 for good once that is near enough."""
+        """b of (6): 1 - (1 - b0) exp(-step / timescale), and 1 for good once that is near."""
         decay = 1 - (1 - self.config.ema_start) * math.exp(-step / self.config.ema_timescale)
         return 1.0 if 1 - decay <= self.config.ema_threshold else decay
 
     @torch.no_grad()
     def update_teacher(self, step):
-        """After optimizer step `step`, from 1: the teacher follows the student. Returns the decay."""
+        """After optimizer step `step`, counted from 1. Returns the decay."""
         decay = self.ema_decay(step)
         self.current_step.fill_(step)
         if decay < 1:
             names, teacher = zip(*self.teacher.named_parameters())
-            student = attrgetter(*names)(self.student)  # by name: an adapted weight is W0 + B A, not one parameter
-            torch._foreach_lerp_(teacher, student, 1 - decay)
-            # The positional convolution is copied: teacher and student agree on where things are.
-            for theirs, ours in zip(self.teacher.pos_conv_embed.parameters(), self.student.pos_conv_embed.parameters()):
+            # By name, because an adapted weight is not one parameter but W0 + B A.
+            student = attrgetter(*names)(self.student)
+            torch._foreach_lerp_(teacher, student, 1 - decay)  # (6)
+            # The positional convolution is copied: both agree on where a frame is.
+            teacher = self.teacher.pos_conv_embed.parameters()
+            for theirs, ours in zip(teacher, self.student.pos_conv_embed.parameters()):
                 theirs.copy_(ours)
         return decay
 
-    # -------- interleaved supervision (SpidR-Adapt) --------
+    def freeze_front_end(self):
+        for part in self.feature_extractor, self.feature_projection:
+            for p in part.requires_grad_(False).parameters():
+                p.grad = None  # the optimizer passes by what has no gradient
+
+    # -------- supervised steps (SpidR-Adapt) --------
 
     def add_language(self, language, phones):
-        """A classifier for so many phones; one that is there already stays."""
+        """A classifier for so many phones. One that is there already stays."""
         require("." not in language and not hasattr(nn.ModuleDict(), language),
-                f"language {language!r}: PyTorch keeps this name, or the dot in it, for itself: rename it")
+                f"language {language!r}: PyTorch keeps this name, or its dot, for itself")
         if language not in self.supervised_classifiers:
-            output_layer = nn.Linear(self.config.dim, phones).to(self.mask_embedding.device)
-            self.supervised_classifiers[language] = nn.ModuleDict({"output_layer": output_layer})
+            linear = nn.Linear(self.config.dim, phones).to(self.mask_embedding.device)
+            self.supervised_classifiers[language] = nn.ModuleDict({"output_layer": linear})
         have = self.supervised_classifiers[language].output_layer.out_features
-        require(have == phones,
-                f"language {language}: the model tells {have} phones apart, the alignments have {phones}")
+        require(have == phones, f"language {language}: the model tells {have} phones apart, "
+                f"the alignments have {phones}")
 
     def supervised_loss(self, wav, mask, phones, language, layer):
-        """Mean cross-entropy of the phones [B, T], -100 where none counts, read off `layer` of the masked input."""
+        """(7) The loss of phones [B, T], -100 where none counts, read off the output of `layer`;
+        and its sums. The input is masked as in self-supervised steps."""
         x, _ = self.frames(wav)
         _, outputs = self.student(self.hide(x, mask), depth=layer)
-        logits = self.supervised_classifiers[language].output_layer(outputs[-1]).float()  # [B, T, phones]
-        loss = F.cross_entropy(logits.flatten(0, 1), phones.flatten(), ignore_index=-100, reduction="sum")
-        hits = (logits.detach().argmax(-1) == phones).sum()
-        return loss / (phones >= 0).sum().clamp(min=1), torch.stack([loss.detach(), hits.float()])
+        logits = self.supervised_classifiers[language].output_layer(outputs[-1]).float()
+        logits, phones = logits.flatten(0, 1), phones.flatten()  # [B T, phones], [B T]
+        total = F.cross_entropy(logits, phones, ignore_index=-100, reduction="sum")
+        frames = (phones >= 0).sum().to(total.dtype)
+        hits = (logits.argmax(-1) == phones).sum().to(total.dtype)
+        stats = {"frames": frames, "phone_loss": total.detach(), "phone_accuracy": hits}
+        return total / frames.clamp(min=1), stats  # (7)
 
 
-def instance_norm(x, valid=None, eps=1e-5):
-    """Each utterance and channel of x [B, T, D] to mean 0 and variance 1 over its valid frames."""
-    if valid is None:
-        return F.instance_norm(x.float().transpose(1, 2), eps=eps).transpose(1, 2)
-    weight = valid[..., None] / valid.sum(1)[:, None, None]  # [B, T, 1]
-    mean = (x * weight).sum(1, keepdim=True)
-    var = ((x - mean).square() * weight).sum(1, keepdim=True)
-    return (x - mean) * (var + eps).rsqrt()
+# ======== plumbing: skip at first reading ========
 
 
-def health(loss, accuracy, usage, prediction):
-    """The metrics of a step. usage, prediction [K, V]: mean one-hot assignment and mean predicted distribution."""
-
-    def entropy(p):  # in bits
-        return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
-
-    layers = {
-        "loss": loss, "accuracy": accuracy, "target_ppl": 2 ** entropy(usage), "pred_ppl": 2 ** entropy(prediction),
-        "active": (usage > 0).sum(-1).float(), "usage_entropy": entropy(usage) / math.log2(usage.shape[-1]),
-    }
-    return {name: value.mean() for name, value in layers.items()} | {"layers": layers}
+class InputError(ValueError):
+    """Something that the user gave is wrong. The message is one line: where, what, what to do."""
 
 
-def all_sum(x, group=None):
-    """The sum over the ranks of a group, on each of them."""
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
+
+
+def check_config(c):
+    """What PyTorch would not tell, or not in time."""
+    try:
+        c.conv_layers = tuple((int(a), int(b), int(s)) for a, b, s in c.conv_layers)
+    except (TypeError, ValueError):
+        raise InputError("conv_layers: a list of [channels, kernel, stride]") from None
+    sizes = c.dim, c.layers, c.heads, c.ffn, c.pos_depth, c.pos_groups, *sum(c.conv_layers, ())
+    require(c.objective in ("spidr", "dinosr"), f"objective {c.objective!r}: spidr or dinosr")
+    require(c.norm in ("layer_norm", "group_norm"), f"norm {c.norm!r}: layer_norm or group_norm")
+    require(min(sizes) >= 1, "the sizes of the network are at least 1")
+    require(math.prod(stride for *_, stride in c.conv_layers) == 320,
+            "conv_layers: the strides multiply to 320 samples, a frame at 50 Hz")
+    for name in "heads", "pos_groups":
+        parts = getattr(c, name)
+        require(c.dim % parts == 0, f"dim {c.dim} does not divide into {parts} {name}")
+    require(c.pos_kernel // c.pos_depth % 2 == 1, "pos_kernel // pos_depth must be odd")
+    require(1 <= c.codebooks <= c.layers and c.codewords >= 2,
+            f"codebooks: from 1 to the {c.layers} layers, with 2 codewords or more")
+    require(0 <= c.codebook_decay <= 1 and 0 <= c.ema_start <= 1 and 0 <= c.layer_drop < 1,
+            "decays lie in [0, 1], layer_drop in [0, 1)")
+
+
+def entropy(p):
+    """In bits, of the distributions along the last dimension."""
+    return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
+
+
+@contextlib.contextmanager
+def full_precision(device):
+    """Products in float32, whatever autocast and TF32 would make of them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ======== how a script begins and ends ========
+
+
+def run(main):
+    """The entry of every script. Whatever has happened, the process and its children are gone a
+    moment later: Python's own way out would wait for loaders, which do not listen to SIGTERM."""
+    status = outcome(main)
+    end_children()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def outcome(main):
+    """The exit status of a script."""
+    try:
+        main()
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves while another still works takes it down
+        return 0
+    except BaseException as error:
+        end_children()
+        return explain(error)
+
+
+def end_children():
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler complains of killed loaders
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def explain(error):
+    """Says what went wrong, and returns the exit status. A mistake of the user's is one line."""
+    if isinstance(error, SystemExit):
+        return error.code or 0
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, torch.OutOfMemoryError):
+        message = "the GPU's memory is full: halve --batch-samples and double --accumulate"
+    elif isinstance(error, (ConnectionResetError, EOFError)) or "DataLoader worker" in str(error):
+        message = ("a process that reads audio was killed, perhaps for want of memory: the same "
+                   "command resumes; lower --loaders if it happens again")
+    elif isinstance(error, (InputError, OSError)):
+        message = " ".join(str(error).split())
+    else:
+        traceback.print_exception(error)
+        return 1
+    print("error:", message, file=sys.stderr)
+    return 2
+
+
+def die_with_parent(signal_number):
+    """Asks Linux for a signal when the parent process ends, however it ends."""
+    with contextlib.suppress(OSError, AttributeError):  # other systems know no such thing
+        ctypes.CDLL(None).prctl(1, int(signal_number))  # 1: PR_SET_PDEATHSIG
+
+
+def all_sum(tensors, group=None):
+    """Sums a list of tensors, in place, over the ranks of a group, in one message."""
     if dist.is_initialized() and dist.get_world_size(group) > 1:
-        dist.all_reduce(x, group=group)
-    return x
+        message = torch.cat([t.flatten().float() for t in tensors])
+        dist.all_reduce(message, group=group)
+        parts = message.split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
+    return tensors
+
+
+# ======== faster on a CPU ========
+
+
+def faster_on_cpu(model):
+    """The same model with the same parameters, whose convolutions and large products run as a CPU
+    likes them. Each of the three measures takes a tenth or more off a training step."""
+    with contextlib.suppress(OSError, AttributeError):  # only Linux' malloc has these switches
+        # Large blocks would go back to the system at once, to be fetched again page by page.
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: no block is given back
+    if torch.backends.mkldnn.is_available():
+        wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+        for module in model.modules():
+            if type(module) is nn.Conv1d:
+                module.__class__ = FasterConv1d
+            if type(module) is nn.Linear and module.weight.numel() >= 2**18 and wide:
+                module.__class__ = FasterLinear
+    return model
+
+
+class FasterConv1d(nn.Conv1d):
+    """For a picture of height one, the channels of a time step may lie side by side in memory, as
+    the norms before and after want them. A conv1d would copy them into rows of time and back."""
+
+    def forward(self, x):  # [B, C_in, N] -> [B, C, N']
+        if self.in_channels == 1:  # what the kernel sees, [B, N', kernel], is a view of the input
+            y = (x[:, 0].unfold(1, *self.kernel_size, *self.stride) @ self.weight[:, 0].mT).mT
+        elif self.groups > 1 or self.padding != (0,):
+            weight, padding = self.weight[:, :, None], (0, *self.padding)
+            y = F.conv2d(x[:, :, None], weight, padding=padding, groups=self.groups)[:, :, 0]
+        else:
+            y = StridedConv.apply(x, self.weight, *self.stride)
+        return y if self.bias is None else y + self.bias[:, None]
+
+
+class StridedConv(torch.autograd.Function):
+    """PyTorch's gradient to the weight is slow in that layout. Here it is a product for every
+    `stride` taps of the kernel, which see, over all steps, nothing but a view of the input."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride):
+        ctx.rows, ctx.stride = x.is_contiguous(), stride
+        x = x.mT.contiguous().mT
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x[:, :, None], weight[:, :, None], stride=(1, stride))[:, :, 0]
+
+    @staticmethod
+    def backward(ctx, gradient):  # [B, C, N']
+        (x, weight), stride, to_x, parts = ctx.saved_tensors, ctx.stride, None, []
+        kernel, steps = weight.shape[-1], gradient.shape[-1]
+        if ctx.needs_input_grad[0]:
+            unread = x.shape[-1] - (steps - 1) * stride - kernel  # samples at the end
+            to_x = F.conv_transpose2d(gradient[:, :, None], weight[:, :, None],
+                                      stride=(1, stride), output_padding=(0, unread))[:, :, 0]
+            to_x = to_x.contiguous() if ctx.rows else to_x
+        for tap in range(0, kernel, stride):
+            seen = x.mT[:, tap:].unfold(1, min(stride, kernel - tap), stride)[:, :steps]
+            part = gradient.bmm(seen.mT.flatten(2)).sum(0)  # seen: [B, N', C_in, taps]
+            parts.append(part.view(len(part), -1, x.shape[1]))  # [C, taps, C_in]
+        return to_x, torch.cat(parts, 1).mT, None
+
+
+class FasterLinear(nn.Linear):
+    """PyTorch leaves products to MKL. On an AMD CPU with AVX-512 oneDNN does large ones faster."""
+
+    def forward(self, x):
+        return Product.apply(x, self.weight, self.bias)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.bias = bias is not None
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        x, flat = x.flatten(0, -2), gradient.flatten(0, -2)
+        to_weight = Product.apply(flat.T, x.T, None)
+        return Product.apply(gradient, weight.T, None), to_weight, flat.sum(0) if ctx.bias else None
 
 
 # ======== load and save ========
 
+# Our name for each entry of the section "model" in a released config.json. We write the same.
+RELEASED_NAMES = {
+    "objective": "objective", "norm": "extractor_mode",
+    "conv_layers": "extractor_conv_layer_config", "conv_bias": "extractor_conv_bias",
+    "dim": "encoder_embed_dim", "layers": "encoder_num_layers", "heads": "encoder_num_heads",
+    "ffn": "encoder_ff_interm_features", "qkv_bias": "encoder_qkv_bias",
+    "pos_kernel": "encoder_pos_conv_kernel", "pos_depth": "encoder_pos_conv_depth",
+    "pos_groups": "encoder_pos_conv_groups", "projection_dropout": "encoder_projection_dropout",
+    "dropout": "encoder_dropout", "attention_dropout": "encoder_attention_dropout",
+    "ffn_dropout": "encoder_ff_interm_dropout", "layer_drop": "encoder_layer_drop",
+    "init_std": "init_std", "codebooks": "num_codebooks", "codewords": "codebook_size",
+    "codebook_decay": "codebook_decay", "ema_start": "ema_start_decay",
+    "ema_timescale": "ema_timescale", "ema_threshold": "ema_threshold",
+}
+
 
 def save(path, state, **more):
-    """A checkpoint in the released format, under a temporary name first: a full disk leaves the old one whole."""
+    """A checkpoint in the released format, under a temporary name first: a full disk leaves the
+    old one whole."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -634,39 +718,48 @@ def save(path, state, **more):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch hides a full disk behind a RuntimeError of its own
-        free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.exists() else 0
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError):  # torch hides a full disk behind an error of its own
+            free = shutil.disk_usage(path.parent).free
+            error = f"{free / 1e6:.1f} MB were free on its disk"
         temporary.unlink(missing_ok=True)
-        why = error if isinstance(error, OSError) else f"{free:.1f} MB were free on its disk"
-        raise InputError(f"{path} could not be written, what was there before is untouched: {why}") from None
+        what = f"{path} could not be written, what was there before is untouched"
+        raise InputError(f"{what}: {error}") from None
 
 
 def read_checkpoint(path):
-    """The checkpoint's dictionary, never unpickled; a run's folder stands for its newest checkpoint."""
+    """(path, the checkpoint's dictionary), never unpickled. A folder stands for its newest one."""
     path = Path(path)
     if path.is_dir():
         steps = sorted(path.glob("step_*.pt"), key=lambda p: (len(p.name), p.name))
-        found = [p for p in [path / "last.pt", *reversed(steps)] if p.exists()]
+        found = [p for p in (path / "last.pt", *reversed(steps)) if p.exists()]
         require(found, f"{path}: a folder without last.pt or step_*.pt")
         path = found[0]
     require(path.is_file(), f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors of many kinds
-        raise InputError(f"{path}: not a checkpoint, or one cut short ({type(error).__name__})") from None
-    require(isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), dict), f'{path}: no "model" inside')
+        why = type(error).__name__
+        raise InputError(f"{path}: not a checkpoint, or one cut short ({why})") from None
+    require(isinstance(checkpoint, dict), f"{path}: not a checkpoint, but {type(checkpoint)}")
+    if "model" not in checkpoint:  # a bare state dict, as one released model is
+        checkpoint = {"model": checkpoint}
+    state = checkpoint["model"]
+    require(isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values()),
+            f"{path}: holds more than tensors")
     return path, checkpoint
 
 
 def read_config(path):
-    """The "model" section of a config.json, ours or released; the base configuration if there is no such file."""
+    """The section "model" of a config.json, ours or a released one; base if there is no file."""
     path = Path(path)
     if not path.exists():
         return Config()
     try:
         section = json.loads(path.read_text()).get("model", {})
-        require(not section.get("encoder_layer_norm_first", False), f"{path}: pre-norm Transformers are not SpidR's")
-        return Config(**{ours: section[name] for ours, name in RELEASED_NAMES.items() if name in section})
+        require(not section.get("encoder_layer_norm_first"), "pre-norm, which SpidR is not")
+        names = {ours: name for ours, name in RELEASED_NAMES.items() if name in section}
+        return Config(**{ours: section[name] for ours, name in names.items()})
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -676,25 +769,27 @@ def released_config(config):
 
 
 def load_state(model, state, path):
-    """Strictly: a name or a shape that does not fit is one clear error."""
+    """Strictly: a name or a shape that does not fit is an error."""
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    require(all(isinstance(value, torch.Tensor) for value in state.values()), f"{path}: holds more than tensors")
     for name, value in state.items():
         if name.startswith("supervised_classifiers.") and name.endswith(".output_layer.weight"):
             model.add_language(name.split(".")[1], len(value))
     own = model.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in state]
     wrong += [f"{name} is not of this model" for name in state if name not in own]
-    wrong += [f"{name} has shape {tuple(state[name].shape)}, the configuration says {tuple(own[name].shape)}"
-              for name in own if name in state and state[name].shape != own[name].shape]
-    if wrong:
-        raise InputError(f"{path}: {wrong[0]}" + (f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+    for name in own.keys() & state.keys():
+        has, says = tuple(state[name].shape), tuple(own[name].shape)
+        if has != says:
+            wrong.append(f"{name} has shape {has}, the configuration says {says}")
+    more = f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    require(not wrong, f"{path}: {wrong[0] if wrong else ''}{more}")
     model.load_state_dict(state)
     return model
 
 
 def load(path, device="cpu"):
-    """A run's folder, one of our checkpoints or a released one (with its config.json beside it, else base)."""
+    """A run's folder, one of our checkpoints, or a released one (with its config.json beside it;
+    without, it is taken for base)."""
     return load_init(path)[0].to(device)
 
 
@@ -703,8 +798,9 @@ def load_init(path, **changes):
     path, checkpoint = read_checkpoint(path)
     described = path.parent / "config.json"
     model = SpidR(replace(read_config(described), **changes))
-    name = path if described.exists() else f"{path}, taken for base, since there is no {described}"
-    return load_state(model, checkpoint["model"], name).eval(), checkpoint.get("inventories", {})
+    name = path if described.exists() else f"{path}, taken for base for want of {described}"
+    load_state(model, checkpoint["model"], name)
+    return model.eval(), checkpoint.get("inventories", {})
 
 
 # ======== what the network looks like ========
@@ -715,30 +811,24 @@ def main():
     if name in ("-h", "--help"):
         return print(__doc__)
     require(name in PRESETS, f"preset {name!r}: one of {', '.join(PRESETS)}")
-    config = Config(**PRESETS[name])
-    model, field, hop = SpidR(config), 1, 1
+    model = SpidR(Config(**PRESETS[name]))
+    c, shapes = model.config, {}
 
-    def count(part):
-        return sum(p.numel() for p in part.parameters()) / 1e6
+    def remember(part, inputs, output):
+        shapes[part] = tuple((output[0] if isinstance(output, tuple) else output).shape)
 
-    def row(stage, shape, part):
-        print(f"{stage:36} {str(shape):18} {count(part):9.3f} M")
-
-    print(f"{name}: a second of audio                {'shape':18} parameters")
-    for i, (channels, kernel, stride) in enumerate(config.conv_layers):
-        field, hop = field + (kernel - 1) * hop, hop * stride
-        row(f"convolution {i + 1}: kernel {kernel}, stride {stride}", [channels, (16000 - field) // hop + 1],
-            model.feature_extractor.conv_layers[i])
-    frames = [num_frames(16000, config), config.dim]
-    row("projection [T, D]", frames, model.feature_projection)
-    row(f"{config.pos_depth} positional convolutions", frames, model.student.pos_conv_embed)
-    for i, layer in enumerate(model.student.layers):
-        k = i - (config.layers - config.codebooks)
-        row(f"layer {i + 1}" + (f", head and codebook {k}" if k >= 0 else ""), frames, layer)
-    row("heads [K, V]", [config.codebooks, config.codewords], model.heads)
-    row("teacher (no gradient)", frames, model.teacher)
-    print(f"trained {count(model) - count(model.teacher):.1f} M, with the teacher {count(model):.1f} M parameters")
-    print(f"a frame every {hop} samples ({16000 / hop:g} Hz) sees {field} samples ({field / 16:g} ms)")
+    parts = {f"convolution {i}": x for i, x in enumerate(model.feature_extractor.conv_layers, 1)}
+    parts |= {"projection": model.feature_projection, "positions": model.student.pos_conv_embed}
+    for i, layer in enumerate(model.student.layers, 1):
+        k = i - 1 - c.layers + c.codebooks
+        parts[f"layer {i}" + f", head and codebook {k}" * (k >= 0)] = layer
+    for part in parts.values():
+        part.register_forward_hook(remember)
+    model.encode(torch.zeros(1, 16000))
+    print(f"{name}: what a second of audio becomes, and parameters")
+    for what, part in (parts | {"heads": model.heads, "teacher": model.teacher}).items():
+        millions = sum(p.numel() for p in part.parameters()) / 1e6
+        print(f"{what:30} {str(shapes.get(part, '')):18} {millions:8.3f} M")
 
 
 if __name__ == "__main__":
