@@ -64,7 +64,8 @@ class Options(pretrain.StageOptions):
 PRESETS = {
     "base": {},
     "tiny": pretrain.TINY | dict(
-        steps=200, lr=5e-4, lr_floor=0.05, warmup_steps=20, rank_max=16, save_every=50),
+        steps=200, lr=5e-4, lr_floor=0.05, warmup_steps=20, batch_samples=512_000,
+        max_samples=128_000, rank_max=16, log_every=50, save_every=50),
 }
 
 
@@ -168,7 +169,7 @@ def main():
     optimizer = pretrain.make_optimizer(model, o)
 
     # ======== resume ========
-    checkpoint = pretrain.open_run(o, spidr.released_config(model.config), model, place, rows)
+    checkpoint = pretrain.open_run(o, model, place, rows)
     first, totals = pretrain.resume(checkpoint, model, optimizer, "unmerged")
     if first >= o.steps:
         score(o, place, "after", o.out)
@@ -199,8 +200,7 @@ def main():
         minutes = seconds_of(rows) / 60
         pretrain.summary(log, f"{o.method} adaptation to {minutes:.1f} min, {o.steps} steps")
         print(*change_table(model, before), sep="\n")
-    score(o, place, "after", o.out)
-    if place.first:
+        score(o, place, "after", o.out)
         print(f"next: python evaluate.py units --model {o.out} --audio {o.audio or 'FOLDER'} "
               "--out units.jsonl")
 
@@ -251,7 +251,7 @@ def audio_rows(o, place):
         path = Path(o.toy) / "target" / f"{o.language}.csv"
         require(path.exists(), f"--language {o.language}: the toy world's new ones are "
                 f"{', '.join(data.TARGETS)}")
-    rows = data.check_audio(data.read_manifest(path), o.min_samples)
+    rows = pretrain.read_rows(path, o)
     if o.language:
         rows = [row for row in rows if row.language == o.language]
         require(rows, f"--language {o.language}: no recordings in {path}")

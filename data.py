@@ -1,17 +1,12 @@
 """The audio that the network trains on: batches, crops, masks and phones.
 
-Recordings of like length make a batch, and all of them are cropped at random to the shortest one:
-nothing is padded. Each crop is standardised, and about half of its frames are masked (1). For a
-supervised step (7) a batch is of one language and has a phone for each frame. Batch i is a function
-of the seed and of i alone: neither the number of loaders nor a restart changes it.
+Recordings of like length make a batch, all cropped at random to the shortest: nothing is padded.
+Each crop is standardised, and about half of its frames are masked (1). For a supervised step (7) a
+batch is of one language and has a phone for each frame. Batch i is a function of the seed and of i
+alone: neither the number of loaders nor a restart changes it.
 
     python data.py manifest FOLDER OUT.csv    lists the audio of a folder, and what is left out
     python data.py toy FOLDER                 writes the toy world, to listen to
-
-A manifest is a CSV with a line for each recording and the columns fileid, path, num_samples (or
-num_frames) and, where they are known, language and speaker; or a fairseq TSV; or just a folder of
-audio. Lengths are counted at 16 kHz, whatever the rate of the file. Alignments are a CSV with the
-columns fileid, phones and language: phones with spaces between them, one every 10 ms.
 """
 
 import csv
@@ -23,18 +18,15 @@ import shutil
 import signal
 import sys
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import combinations, cycle, islice, product
-from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import torch
-from tqdm import tqdm
 
 from model import InputError, die_with_parent, num_frames, require, run
 
@@ -64,14 +56,12 @@ def make_mask(batch, frames, rng, prob=0.8, span=10):
 # ======== batches ========
 # Randomness for one purpose has its own number after the seed, the stream: 0 unlabelled batches,
 # 1 labelled ones, 2 validation; in meta-training 4 chunks, 5 their order, 6 and 7 the batches of an
-# episode; 8 forgetting; 9 the budget of adapt.py.
+# episode; 9 the budget of adapt.py. After it come the epoch and what is drawn: [epoch] the order,
+# [epoch, batch, 2] a mask, [epoch, recording, 1] a crop.
 
 
 def make_buckets(lengths, index, budget, ratio=1.2):
-    """Sorts the recordings `index` into buckets: [(recordings, how many of them make a batch)].
-
-    The longest recording of a bucket is at most `ratio` times as long as the shortest.
-    """
+    """[(recordings whose lengths differ by at most `ratio`, how many of them make a batch)]."""
     index = index[np.argsort(lengths[index], kind="stable")]
     ordered, buckets, first = lengths[index], [], 0
     while first < len(index):
@@ -81,22 +71,21 @@ def make_buckets(lengths, index, budget, ratio=1.2):
     return buckets
 
 
-class Order:
-    """Which recordings make batch i, for any i.
+class Batches:
+    """Batch i, for any i: audio, a mask and, given classes {fileid: phones}, a phone a frame.
 
-    A bucket is cut into batches of at most `budget` samples. An epoch shuffles each bucket, and
-    then the batches. `group` batches make an optimizer step, one for each rank and micro-batch;
-    where the languages are given, the batches of a step share a language.
+    `group` of them, labelled ones of one language, make a step: one for each rank and micro-batch.
     """
 
-    def __init__(self, lengths, budget, group, seed, languages=None):
-        self.lengths, self.group, self.seed = lengths, group, seed
-        self.labelled = languages is not None
-        names = np.array(languages if self.labelled else [""] * len(lengths))
+    def __init__(self, rows, config, options, group=1, classes=None, stream=(0,)):
+        self.rows, self.config, self.options, self.classes = rows, config, options, classes
+        self.group, self.seed, self.labelled = group, (options.seed, *stream), classes is not None
+        self.lengths = np.minimum([row.num_samples for row in rows], options.max_samples)
+        names = np.array([row.language if self.labelled else "" for row in rows])
         members = [np.flatnonzero(names == name) for name in np.unique(names)]
-        self.buckets = [make_buckets(lengths, index, budget) for index in members]
+        self.buckets = [make_buckets(self.lengths, m, options.batch_samples) for m in members]
         self.per_epoch = len(self.epoch(0))
-        require(self.per_epoch, f"{len(lengths)} recordings: their batches are too few for {group} "
+        require(self.per_epoch, f"{len(rows)} recordings: their batches are too few for {group} "
                 "ranks x micro-batches; take fewer of these, or smaller batches")
 
     @lru_cache(maxsize=4)
@@ -112,51 +101,33 @@ class Order:
             # The last step may lack batches. It is then dropped, or, of labelled audio, completed
             # from the beginning: a small language is heard twice rather than never.
             whole = math.ceil if self.labelled else math.floor
-            count = whole(len(batches) / self.group)
-            batches = list(islice(cycle(batches), count * self.group))
-            steps += [batches[i : i + self.group] for i in range(0, len(batches), self.group)]
+            endless = cycle(batches)
+            for _ in range(whole(len(batches) / self.group)):
+                steps.append(list(islice(endless, self.group)))
         return [batch for i in rng.permutation(len(steps)) for batch in steps[i]]
 
     def __getitem__(self, i):
-        """The epoch of batch i, its number in the epoch, and its recordings."""
-        epoch, number = divmod(i, self.per_epoch)
-        return epoch, number, self.epoch(epoch)[number]
-
-
-class Batches:
-    """Batch i, for any i: audio, a mask and, given classes {fileid: phones}, a phone a frame."""
-
-    def __init__(self, rows, config, options, group=1, classes=None, stream=(0,)):
-        self.rows, self.config, self.options, self.classes = rows, config, options, classes
-        self.seed = (options.seed, *stream)
-        lengths = np.minimum([row.num_samples for row in rows], options.max_samples)
-        languages = None if classes is None else [row.language for row in rows]
-        self.order = Order(lengths, options.batch_samples, group, self.seed, languages)
-        self.per_epoch = self.order.per_epoch
-
-    def __getitem__(self, i):
-        o, (epoch, number, index) = self.options, self.order[i]
-        shortest = int(self.order.lengths[index].min())
-        crop = shortest // o.crop_multiple * o.crop_multiple or shortest  # of few lengths
+        o, (epoch, number) = self.options, divmod(i, self.per_epoch)
+        index = self.epoch(epoch)[number]  # the recordings of this batch
+        shortest = int(self.lengths[index].min())
+        crop = shortest // o.crop_multiple * o.crop_multiple or shortest  # so that shapes are few
         frames = num_frames(crop, self.config)
-        wavs = torch.zeros(len(index), crop)  # [B, N]
         rng = np.random.default_rng([*self.seed, epoch, number, 2])
         mask = make_mask(len(index), frames, rng, o.mask_prob, o.mask_span)  # [B, T]
+        wavs, bad = torch.zeros(len(index), crop), []  # [B, N]
         phones = np.full((len(index), frames), IGNORED, dtype=np.int64)  # [B, T]
-        bad = []
         for b, j in enumerate(index):
             row, rng = self.rows[j], np.random.default_rng([*self.seed, epoch, j, 1])
             start = int(rng.integers(row.num_samples - crop + 1))
             try:
                 wavs[b] = standardise(read_audio(row.path, start, crop))
+                if self.labelled:
+                    phones[b] = phones_of_crop(self.classes[row.fileid], start, frames)
             except InputError as error:  # It stays silence, of which nothing counts in the loss.
                 bad.append((row.path, f"{row.where}: {error}"))
                 mask[b] = False
-                continue
-            if self.classes is not None:
-                phones[b] = phones_of_crop(self.classes[row.fileid], start, frames)
         batch = {"wav": wavs, "mask": torch.from_numpy(mask), "bad": bad}
-        if self.classes is not None:
+        if self.labelled:
             batch |= {"phones": torch.from_numpy(phones), "language": self.rows[index[0]].language}
         return batch
 
@@ -169,173 +140,153 @@ def phones_of_crop(classes, start, frames):
 
 # ======== plumbing: skip at first reading ========
 
-# ======== manifests ========
-
 AUDIO = ".wav .flac .ogg .opus .mp3 .aif .aiff .au .w64 .caf".split()
+UNREADABLE = soundfile.LibsndfileError, OSError, TypeError
+ALIGNMENT_SLACK = 5  # phones (50 ms) by which an alignment may miss the length of its recording
+# num_samples is at 16 kHz, whatever the rate of the file; where is what messages call the row.
+Row = namedtuple("Row", "fileid path num_samples language speaker where", defaults=["", "", ""])
 
 
-class Row(NamedTuple):
-    """A recording."""
+def main():
+    match sys.argv[1:]:
+        case ["toy", folder]:
+            print(f"the toy world is in {toy(folder)}")
+        case ["manifest", folder, out]:
+            require(not Path(out).exists(), f"{out} is there already: remove it, or name another")
+            write_manifest(scan(Path(folder)), Path(out))
+        case [] | ["-h" | "--help"]:
+            print(__doc__)
+        case _:
+            raise InputError("data.py manifest FOLDER OUT.csv, or data.py toy FOLDER")
 
-    fileid: str
-    path: str
-    num_samples: int  # at 16 kHz
-    language: str = ""
-    speaker: str = ""
-    where: str = ""  # what messages call it: "manifest:line: path", or the path alone
+
+def write_manifest(rows, out):
+    write_csv(out, "fileid path num_samples language",
+              [row._replace(path=os.path.abspath(row.path))._asdict() for row in rows])
+    hours = Counter()
+    for row in rows:
+        hours[row.language or "(no language)"] += row.num_samples / SAMPLE_RATE / 3600
+    for language, amount in sorted(hours.items()):
+        print(f"{language:20} {amount:10.3f} h")
+    print(f"{out}: {len(rows)} recordings, {hours.total():.3f} h")
+
+
+def write_csv(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, header.split(), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_manifest(path, only=None):
-    """The rows of a manifest, of a folder or of one file; with `only`, those of these fileids."""
-    path = Path(path)
-    require(path.exists(), f"{path}: no such manifest, folder or file")
-    if path.is_dir():
-        rows, left_out = scan_folder(path, only)
-        for name, why in left_out:
-            print(f"left out: {name}: {why}", file=sys.stderr)
-    elif path.suffix.lower() in AUDIO:
-        samples, problem = inspect(path)
-        require(not problem, f"{path}: {problem}")
-        rows = [Row(path.stem, str(path), samples, where=str(path))]
-    else:
-        rows = read_table(path, read_tsv if path.suffix.lower() == ".tsv" else read_csv)
-        require(rows, f"{path}: an empty manifest")
+    """The rows of a CSV, a fairseq TSV, a folder or a file; with `only`, those of these fileids."""
+    path, rows, names = Path(path), [], []
+    if path.is_dir() or path.suffix.lower() in AUDIO:
+        return scan(path, only)
+    for where, line in read_table(str(path), "path"):
+        audio = os.path.join(line["folder"], line["path"])
+        length = line.get("num_samples") or line.get("num_frames", "")
+        require(length.isdecimal(), f"{where}: num_samples (or num_frames) is {length!r}")
+        rows.append(Row(line.get("fileid", ""), audio, int(length), line.get("language", ""),
+                        line.get("speaker", ""), f"{where}: {audio}"))
+        names.append(line["path"])
+    require(rows, f"{path}: an empty manifest")
+    if not all(row.fileid for row in rows):
+        rows = [row._replace(fileid=row.fileid or id) for row, id in zip(rows, file_ids(names))]
     return [row for row in rows if only is None or row.fileid in only]
 
 
-def read_table(path, read):
-    """What `read` makes of a text file."""
+def read_table(path, *columns):
+    """Yields (where, {column: field}) for each line of a CSV or of a fairseq TSV."""
     csv.field_size_limit(2**31 - 1)  # an hour of phones is one field
+    tsv, folder = path.lower().endswith(".tsv"), os.path.dirname(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            return read(file, path)
+            lines = csv.reader(file, csv.excel_tab if tsv else csv.excel)
+            header = next(lines, [])
+            if tsv:  # Its first line is the folder of the audio.
+                folder, header = os.path.join(folder, *header), ["path", "num_samples"]
+            for column in columns:
+                require(column in header, f"{path}:1: the header has no column {column!r}")
+            for line in filter(None, lines):
+                where, found = f"{path}:{lines.line_num}", len(line)
+                require(found == len(header), f"{where}: {found} columns instead of {len(header)}")
+                yield where, dict(zip(header, line), folder=folder)
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: no audio that is read, nor a CSV or TSV: {error}") from None
 
 
-def read_csv(file, path):
-    lines, rows = csv.reader(file), []
-    header = next(lines, [])
-    length = "num_frames" if "num_frames" in header else "num_samples"
-    for column in ("path", length):
-        require(column in header, f"{path}:1: the header has no column {column!r}")
-    names = ("fileid", "path", length, "language", "speaker")
-    # What has no column is read from an empty field that is added at the end of each line.
-    pick = itemgetter(*(header.index(name) if name in header else -1 for name in names))
-    folder = "" if path.parent == Path() else str(path.parent)
-    for line in filter(None, lines):
-        where = f"{path}:{lines.line_num}"
-        if len(line) != len(header):
-            raise InputError(f"{where}: {len(line)} columns, the header has {len(header)}")
-        fileid, audio, samples, language, speaker = pick([*line, ""])
-        number = int(samples) if samples.isdecimal() else 0
-        if not number:
-            raise InputError(f"{where}: {samples!r} is not a number of samples")
-        audio = os.path.join(folder, audio)
-        fileid = fileid or Path(audio).stem
-        rows.append(Row(fileid, audio, number, language, speaker, f"{where}: {audio}"))
-    return rows
-
-
-def read_tsv(file, path):
-    root, *lines = file.read().rstrip().splitlines() or [""]
-    rows = []
-    for number, line in enumerate(lines, 2):
-        name, _, samples = line.partition("\t")
-        require(samples.isdecimal(), f"{path}:{number}: expected 'relative path<TAB>samples'")
-        audio = os.path.join(path.parent, root, name)
-        rows.append(Row(name, audio, int(samples), where=f"{path}:{number}: {audio}"))
-    ids = file_ids([Path(row.fileid) for row in rows])
-    return [row._replace(fileid=fileid) for row, fileid in zip(rows, ids)]
-
-
 def file_ids(names):
     """The paths' names without folder and suffix; those that are not unique keep more of it."""
-    ids = [name.stem for name in names]
-    for longer in (lambda name: str(name.with_suffix("")), str):
+    ids = [Path(name).stem for name in names]
+    for longer in (lambda name: os.path.splitext(name)[0], str):
         count = Counter(ids)
         ids = [id if count[id] == 1 else longer(name) for id, name in zip(ids, names)]
     return ids
 
 
 def file_name(fileid, where):
-    """The fileid, which is to name a file in a folder: one that leads out of it is refused."""
+    """The fileid, unless it leads out of the folder in which it names a file."""
     leads_out = {"", ".", ".."} & set(re.split(r"[/\\]", fileid))
     require(not leads_out, f"{where}: the fileid {fileid!r} cannot name a file within a folder")
     return fileid
 
 
-def scan_folder(folder, only=None, minimum=2000):
-    """The rows of a folder's audio, and [(file, why)] of what is left out.
+def scan(path, only=None, minimum=2000):
+    """The rows of a folder, whose first sub-folder is the language, or of a file. What is left out
+    is told, and why. With `only`, other files are not even opened."""
+    files = [file for file in [path, *sorted(path.rglob("[!.]*"))] if file.is_file()]
+    folder = path if path.is_dir() else path.parent
+    names = [file.relative_to(folder) for file in files if file.suffix.lower() in AUDIO]
+    rows = [Row(fileid, str(folder / name), 0, "".join(name.parent.parts[:1]))
+            for fileid, name in zip(file_ids(names), names) if only is None or fileid in only]
+    found = inspect_all(rows, minimum)
+    left_out = [f"{row.path}: {problem}" for row, _, problem in found if problem]
+    if only is None:
+        others = Counter(file.suffix for file in files if file.suffix.lower() not in AUDIO)
+        left_out += [f"{n} x {kind}: not a kind of audio we read" for kind, n in others.items()]
+    for message in left_out:
+        print("left out:", message, file=sys.stderr)
+    rows = [row._replace(num_samples=n, where=row.path) for row, n, problem in found if not problem]
+    require(rows or only is not None, f"{path}: no audio that can be used")
+    return rows
 
-    The first sub-folder is the language. With `only`, other files are not even opened.
-    """
-    folder, rows, left_out = Path(folder), [], []
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    names = [path.relative_to(folder) for path in files if path.suffix.lower() in AUDIO]
-    require(names, f"{folder}: no audio in this folder ({', '.join(AUDIO)})")
-    wanted = [pair for pair in zip(file_ids(names), names) if only is None or pair[0] in only]
-    for suffix, count in Counter(path.suffix.lower() for path in files).items():
-        if suffix not in AUDIO and only is None:
-            left_out.append((f"{count} x {suffix or 'no suffix'}", "not a kind of audio we read"))
+
+def check_audio(rows, minimum, most=2000):
+    """The same rows, after a look at `most` of the files: mistakes show before hours are spent."""
+    for row in rows:
+        if row.num_samples < minimum:
+            raise InputError(f"{row.where}: {row.num_samples} samples, under the minimum {minimum}")
+    for row, samples, problem in inspect_all(rows[:: math.ceil(len(rows) / most) or 1], minimum):
+        require(not problem, f"{row.where}: {problem}")
+        require(samples == row.num_samples, f"{row.where}: {row.num_samples} samples stated, "
+                f"the file has {samples} at 16 kHz ('data.py manifest' counts them)")
+    return rows
+
+
+def inspect_all(rows, minimum):
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda pair: inspect(folder / pair[1], minimum), wanted)
-        bar = tqdm(found, str(folder), len(wanted), unit="file", leave=False, disable=None)
-        for (fileid, name), (samples, problem) in zip(wanted, bar):
-            language = name.parts[0] if len(name.parts) > 1 else ""
-            path = str(folder / name)
-            if problem:
-                left_out.append((str(name), problem))
-            else:
-                rows.append(Row(fileid, path, samples, language, where=path))
-    if not rows and only is None:
-        name, why = left_out[-1]
-        raise InputError(f"{folder}: none of its {len(names)} files is usable; {name}: {why}")
-    return rows, left_out
+        return list(pool.map(lambda row: (row, *inspect(row.path, minimum)), rows))
 
 
 def inspect(path, minimum=0):
     """A file's length in samples at 16 kHz, and what is wrong with the file, or ""."""
-    length = 0
+    samples = 0
     try:
-        require(Path(path).exists(), "no such file")
+        require(os.path.exists(path), "no such file")
         with soundfile.SoundFile(path) as file:
-            length = math.ceil(file.frames * SAMPLE_RATE / file.samplerate)  # as the resampler does
-            if file.samplerate != SAMPLE_RATE:
-                resampler(file.samplerate)  # says now if torchaudio does not load
-            tail = min(file.frames, file.samplerate)
-            file.seek(file.frames - tail)
-            end = file.read(tail, dtype="float32")
-            require(tail and len(end) == tail, "empty or cut short")
-            require(np.isfinite(end).all(), "samples that are not numbers")
-            if np.ptp(end) == 0:  # The end is silent. Is all of it?
-                file.seek(0)
-                require(np.ptp(file.read(dtype="float32")) > 0, "silent throughout")
-        require(length >= minimum, f"{length} samples at 16 kHz, under the minimum of {minimum}")
-    except InputError as error:
-        return length, str(error)
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        return 0, f"not audio that can be read, or cut short ({error})"
-    return length, ""
-
-
-def check_audio(rows, minimum, most=2000):
-    """The same rows, after a look at their files, so that mistakes show before hours are spent.
-
-    Of a long manifest only `most` files are opened, evenly spread.
-    """
-    for row in rows:
-        if row.num_samples < minimum:
-            raise InputError(f"{row.where}: {row.num_samples} samples, under the minimum of "
-                             f"{minimum}: remove the row ('data.py manifest' lists what will do)")
-    chosen = rows[:: math.ceil(len(rows) / most) or 1]
-    with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda row: inspect(row.path, minimum), chosen)
-        for row, (length, problem) in zip(chosen, found):
-            require(not problem, f"{row.where}: {problem}")
-            require(length == row.num_samples, f"{row.where}: {row.num_samples} samples stated, "
-                    f"the file has {length} at 16 kHz ('data.py manifest' counts them)")
-    return rows
+            rate, last = file.samplerate, min(file.frames, file.samplerate)  # the last second
+            samples = math.ceil(file.frames * SAMPLE_RATE / rate)
+            file.seek(file.frames - last)
+            end = file.read(last, dtype="float32")
+        require(samples >= minimum, f"{samples} samples at 16 kHz, under the minimum {minimum}")
+        require(0 < last == len(end), "empty or cut short")
+        resampler(rate)  # says now if torchaudio is needed and does not load
+        standardise(read_audio(path) if np.ptp(end) < 1e-4 else torch.from_numpy(end))
+    except (InputError, *UNREADABLE) as error:
+        return samples, str(error)
+    return samples, ""
 
 
 def parse_seconds(text):
@@ -348,11 +299,8 @@ def parse_seconds(text):
 
 
 def read_audio(path, start=0, samples=None):
-    """[N]: `samples` samples of a file from `start` on, counted at 16 kHz, the channels averaged.
-
-    Only these are decoded, and a margin around them: the resampling filter looks to both sides, and
-    a frame of MP3 depends on those before it.
-    """
+    """[N]: `samples` samples of a file from `start` on, at 16 kHz, the mean of the channels. Only
+    these are decoded, and a margin, as resampling and MP3 depend on what is around them."""
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
@@ -366,10 +314,9 @@ def read_audio(path, start=0, samples=None):
                 count = math.ceil((start + samples + margin - first) / new) * old
             file.seek(min(first // new * old, file.frames))
             wav = torch.from_numpy(file.read(count, dtype="float32", always_2d=True).mean(1))
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+    except UNREADABLE as error:
         raise InputError(str(error)) from None
-    if rate != SAMPLE_RATE and len(wav):
-        wav = resampler(rate)(wav)
+    wav = resampler(rate)(wav) if len(wav) else wav
     wav = wav[start - first :][:samples]
     require(len(wav) == (samples or max(1, len(wav))), f"cut short at sample {start + len(wav)}")
     return wav
@@ -379,13 +326,14 @@ def standardise(wav):
     """Mean 0 and variance 1: what the network expects."""
     wav = wav - wav.mean()
     std = wav.square().mean().sqrt()
-    require(bool(torch.isfinite(std)), "samples that are not numbers")
-    require(float(std) > 1e-7, "silence")
+    require(1e-7 < float(std) < math.inf, "silence, or samples that are not numbers")
     return wav / std
 
 
 @lru_cache(maxsize=8)
 def resampler(rate):
+    if rate == SAMPLE_RATE:
+        return torch.nn.Identity()
     return import_torchaudio(f"audio at {rate} Hz").transforms.Resample(rate, SAMPLE_RATE)
 
 
@@ -398,59 +346,41 @@ def import_torchaudio(what):
 
 
 def loader_init(_):
-    """Prepares a process that reads audio (worker_init_fn of a DataLoader).
-
-    Ctrl-C and SIGTERM go to all processes, and the loaders have to live until the training has
-    saved. But they must not outlive it, however it ends: Linux kills them with their parent.
-    """
+    """Prepares a process that reads audio (worker_init_fn of a DataLoader): Ctrl-C and SIGTERM
+    reach it too, but it has to live until the training has saved, and not to outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)
     die_with_parent(signal.SIGKILL)
 
 
 # ======== alignments ========
 
-UNKNOWN_PHONES = ("UNK", "unk", "<unk>", "SPN", "spn", "PAD", "<pad>")
-ALIGNMENT_SLACK = 5  # phones (50 ms) by which an alignment may miss the length of its recording
-
 
 def read_alignments(path):
     """{fileid: (phones, language)}, a phone every 10 ms."""
-    require(Path(path).is_file(), f"{path}: no such alignment file")
-    found = read_table(path, read_phones)
-    require(found, f"{path}: no alignments in it")
-    return found
-
-
-def read_phones(file, path):
-    lines, found = csv.DictReader(file), {}
-    header = lines.fieldnames or []
-    for column in ("fileid", "phones", "language"):
-        require(column in header, f"{path}:1: the header has no column {column!r}")
-    for line in lines:
-        where, fileid = f"{path}:{lines.line_num}", line["fileid"]
-        require(line["phones"] and line["language"], f"{where}: no phones or no language")
+    found = {}
+    for where, line in read_table(str(path), "fileid", "phones", "language"):
+        fileid, phones, language = line["fileid"], line["phones"].split(), line["language"]
+        require(phones and language, f"{where}: no phones or no language")
         require(fileid not in found, f"{where}: {fileid} is there twice")
-        found[fileid] = (line["phones"].split(), line["language"])
+        found[fileid] = phones, language
+    require(found, f"{path}: no alignments in it")
     return found
 
 
 def aligned_rows(rows, alignments, path="the alignments"):
     """The rows that have alignments, which must fit the recordings and the manifest's languages."""
-    by_id, count = {row.fileid: row for row in rows}, Counter(row.fileid for row in rows)
-    for fileid, (phones, language) in alignments.items():
-        where = f"{path}: {fileid}"
-        require(fileid in by_id, f"{where} is not in the manifest")
-        require(count[fileid] == 1, f"{where} names {count[fileid]} recordings of the manifest")
-        row = by_id[fileid]
-        expected = row.num_samples / PHONE
-        require(abs(len(phones) - expected) <= ALIGNMENT_SLACK,
-                f"{where}: {len(phones)} phones at 100 Hz, the recording has {expected:.0f}")
-        require(row.language in ("", language),
-                f"{where}: language {language!r}, the manifest says {row.language!r}")
-    return [row._replace(language=alignments[row.fileid][1])
-            for row in rows if row.fileid in alignments]
+    rows = [row for row in rows if row.fileid in alignments]
+    count = Counter(row.fileid for row in rows)
+    for fileid in alignments:
+        require(count[fileid] == 1, f"{path}: {fileid} is {count[fileid]} times in the manifest")
+    for row in rows:
+        phones, language = alignments[row.fileid]
+        length = row.num_samples / PHONE
+        fits = abs(len(phones) - length) <= ALIGNMENT_SLACK and row.language in ("", language)
+        require(fits, f"{path}: {row.fileid}: {len(phones)} phones at 100 Hz of {language!r}, "
+                f"the manifest says {length:.0f} of {row.language!r}")
+    return [row._replace(language=alignments[row.fileid][1]) for row in rows]
 
 
 def inventories(alignments):
@@ -458,7 +388,7 @@ def inventories(alignments):
     found = defaultdict(set)
     for phones, language in alignments.values():
         found[language].update(phones)
-    no_others = {"SIL", *UNKNOWN_PHONES}
+    no_others = {"SIL", "UNK", "unk", "<unk>", "SPN", "spn", "PAD", "<pad>"}
     return {language: ["SIL", *sorted(found[language] - no_others)] for language in sorted(found)}
 
 
@@ -467,45 +397,10 @@ def phone_classes(alignments, inventory):
     index = {name: {phone: i for i, phone in enumerate(inventory[name])} for name in inventory}
     classes, unknown = {}, 0
     for fileid, (phones, language) in alignments.items():
-        require(language in index, f"alignments of {fileid}: language {language!r} is not one of "
-                f"{', '.join(index)}")
         numbers = [index[language].get(phone, IGNORED) for phone in phones]
         classes[fileid] = np.array(numbers, dtype=np.int16)
         unknown += numbers.count(IGNORED)
     return classes, unknown
-
-
-# ======== the commands ========
-
-
-def main():
-    verb, *args = sys.argv[1:] or ["--help"]
-    if verb in ("-h", "--help"):
-        return print(__doc__)
-    if verb == "toy" and len(args) == 1:
-        return print(f"the toy world is in {toy(*args)}")
-    require(verb == "manifest" and len(args) == 2,
-            "usage: python data.py manifest FOLDER OUT.csv | python data.py toy FOLDER")
-    write_manifest(*args)
-
-
-def write_manifest(folder, out):
-    require(not Path(out).exists(), f"{out} is there already: name another file, or remove it")
-    rows, left_out = scan_folder(folder)
-    hours = defaultdict(float)
-    for row in rows:
-        hours[row.language or "(no language)"] += row.num_samples / SAMPLE_RATE / 3600
-    write_csv(Path(f"{out}.tmp"), "fileid path num_samples language",
-              [row._asdict() | {"path": os.path.abspath(row.path)} for row in rows])
-    os.replace(f"{out}.tmp", out)
-    for language, amount in sorted(hours.items()):
-        print(f"{language:20} {amount:10.3f} h")
-    for name, why in left_out:
-        print(f"left out: {name}: {why}")
-    long = sum(row.num_samples > 20 * SAMPLE_RATE for row in rows)
-    if long:
-        print(f"{long} recordings are longer than 20 s: an epoch hears one crop of each")
-    print(f"{out}: {len(rows)} recordings, {sum(hours.values()):.3f} h; {len(left_out)} left out")
 
 
 # ======== the toy world ========
@@ -523,13 +418,13 @@ LANGUAGES = {  # phones; pace; what its accent does to the resonances F1, F2, F3
     "nore": ("I e E @ O U p b t d f v s z N l r", *PLAIN),
     "tivo": ("I E @ O o u d k g tS m N S h l j w", *PLAIN),
     "goxi": ("i y e oe a u p t k b m n J s T x l", 2, (1.12, 0.93, 1)),
-    "juthe": ("i y ix u e E t d ts Z z s n J N r T", 1.8, (0.9, 1.07, 1.03)),
+    "juthe": ("i y ix u e E t d ts Z z s n J N r T", 2, (0.9, 1.07, 1.03)),
     "wytsa": ("e oe @ ix o O b d g ts T f x v Z m n", 2, (1.1, 1.08, 0.96)),
 }
 SOURCES, TARGETS = list(LANGUAGES)[:5], list(LANGUAGES)[5:]
 EVAL_SOURCES, LM_LANGUAGE = SOURCES[:2], SOURCES[0]
 CORPORA = {  # languages; of each: recordings, speakers; sentences in a recording; dB over the noise
-    "train": (SOURCES, 48, 6, (5, 7.5), (2, 18)),
+    "train": (SOURCES, 48, 16, (5, 7.5), (2, 18)),
     "eval": (TARGETS + EVAL_SOURCES, 32, 4, (2, 7), (2, 18)),
     "target": (TARGETS, 60, 6, (5, 7.5), (2, 18)),
     "lm": ([LM_LANGUAGE], 240, 6, (5, 7.5), (12, 25)),  # read in a quiet place, as audiobooks are
@@ -540,39 +435,31 @@ VOWELS = {
     "i": (280, 2250, 3000), "I": (400, 1950, 2600), "e": (420, 2150, 2750), "E": (570, 1800, 2550),
     "a": (760, 1350, 2500), "O": (590, 920, 2450), "o": (430, 800, 2400), "u": (310, 760, 2300),
     "U": (430, 1080, 2300), "@": (500, 1450, 2500), "y": (290, 1850, 2200),
-    "oe": (420, 1580, 2250), "ix": (330, 1400, 2450)}
+    "oe": (420, 1580, 2250), "ix": (330, 1400, 2450),
+}
 GLIDES = {
-    "l": (380, 1150, 2750), "r": (430, 1250, 1650), "j": (270, 2200, 3050), "w": (300, 680, 2250)}
-# Where they point while the mouth is narrow; centre, width and strength of the noise made there.
-PLACES = {
-    "labial": (330, 850, 2200, 5000, 4000, 0.25), "dental": (340, 1350, 2600, 6400, 1500, 0.3),
-    "alveolar": (340, 1700, 2650, 6000, 1100, 0.8), "velar": (320, 1700, 2100, 1900, 500, 0.5),
-    "palatal": (290, 2150, 2850, 3400, 800, 0.8), "glottal": (500, 1450, 2500, 1400, 1200, 0.4)}
+    "l": (380, 1150, 2750), "r": (430, 1250, 1650), "j": (270, 2200, 3050), "w": (300, 680, 2250),
+}
+# Where they point while the mouth is narrow; strength, centre and width of the noise made there.
+LABIAL, DENTAL = (330, 850, 2200, 0.25, 5000, 4000), (340, 1350, 2600, 0.3, 6400, 1500)
+ALVEOLAR, PALATAL = (340, 1700, 2650, 0.8, 6000, 1100), (290, 2150, 2850, 0.8, 3400, 800)
+VELAR, GLOTTAL = (320, 1700, 2100, 0.5, 1900, 500), (500, 1450, 2500, 0.4, 1400, 1200)
 MANNERS = [  # 10 ms frames; voice, noise and nasality in each of its parts, which last equally long
-    (8, [(0, 0, 0), (0, 0, 0), (0, 1, 0)], "p:labial t:alveolar k:velar"),
-    (8, [(0.12, 0, 0), (0.12, 0, 0), (0.5, 0.6, 0)], "b:labial d:alveolar g:velar"),
-    (11, [(0, 0, 0), (0, 1, 0)], "ts:alveolar tS:palatal"),
-    (9, [(0, 1, 0)], "f:labial T:dental s:alveolar S:palatal x:velar h:glottal"),
-    (9, [(0.25, 0.6, 0)], "v:labial z:alveolar Z:palatal"),
-    (7, [(0.6, 0, 1)], "m:labial n:alveolar J:palatal N:velar")]
-
-
-def gestures():
-    """{phone: (10 ms frames, its parts [P, 8])}: F1 F2 F3, voice, noise, nasality, and the noise's
-    centre and width."""
-    table = {"SIL": (18, [(500, 1450, 2500, 0, 0, 0, 2000, 2000)])}
-    for frames, voice, phones in (10, 1, VOWELS), (7, 0.5, GLIDES):
-        for phone, formants in phones.items():
-            table[phone] = frames, [(*formants, voice, 0, 0, 2000, 2000)]
-    for frames, parts, phones in MANNERS:
-        for phone, place in (name.split(":") for name in phones.split()):
-            *formants, centre, width, strength = PLACES[place]
-            table[phone] = frames, [(*formants, voice, noise * strength, nasal, centre, width)
-                                    for voice, noise, nasal in parts]
-    return table
-
-
-GESTURES = gestures()
+    (18, [(0, 0, 0)], {"SIL": (500, 1450, 2500)}),
+    (10, [(1, 0, 0)], VOWELS),
+    (7, [(0.5, 0, 0)], GLIDES),
+    (7, [(0.6, 0, 1)], {"m": LABIAL, "n": ALVEOLAR, "J": PALATAL, "N": VELAR}),
+    (8, [(0, 0, 0), (0, 0, 0), (0, 1, 0)], {"p": LABIAL, "t": ALVEOLAR, "k": VELAR}),
+    (8, [(0.12, 0, 0), (0.12, 0, 0), (0.5, 0.6, 0)], {"b": LABIAL, "d": ALVEOLAR, "g": VELAR}),
+    (11, [(0, 0, 0), (0, 1, 0)], {"ts": ALVEOLAR, "tS": PALATAL}),
+    (9, [(0.25, 0.6, 0)], {"v": LABIAL, "z": ALVEOLAR, "Z": PALATAL}),
+    (9, [(0, 1, 0)], {"f": LABIAL, "T": DENTAL, "s": ALVEOLAR, "S": PALATAL, "x": VELAR,
+                      "h": GLOTTAL}),
+]
+PHONES = {
+    phone: (frames, parts, place)
+    for frames, parts, phones in MANNERS for phone, place in phones.items()
+}
 
 
 def chance(*key):
@@ -598,14 +485,14 @@ def make_language(seed, name):
     genders, verb = kinds["V"][1:4:2], kinds["C"][-1]
     return {
         "determiners": [words(2, ["CV"]) for _ in genders],
-        "nouns": [[words(3, ["CVC", "CVCVC"], vowel) for vowel in genders] for topic in range(4)],
-        "verbs": [words(3, ["CV", "CVCV"], verb) for topic in range(4)],
+        "nouns": [[words(5, ["CVC", "CVCVC"], vowel) for vowel in genders] for topic in range(4)],
+        "verbs": [words(5, ["CV", "CVCV"], verb) for topic in range(4)],
         "rare": [words(2, ["CVC", "CVCVC"], vowel) for vowel in genders],  # nouns that nobody says
     }
 
 
 def sentence(lang, rng, topic, genders=None):
-    """Determiner, noun, verb, determiner, noun, all on one topic; some words are said more often."""
+    """Determiner, noun, verb, determiner, noun, on one topic; some words are said more often."""
     def pick(words):
         weights = 1 / np.arange(2, len(words) + 2)
         return words[rng.choice(len(words), p=weights / weights.sum())]
@@ -622,7 +509,7 @@ def make_voice(seed, language, speaker):
     short = rng.integers(2)
     return {
         "pitch": (115, 205)[short] * np.exp(rng.normal(0, 0.12)),
-        "formants": (1, 1.15)[short] * np.exp(rng.normal(0, 0.05)) * np.array(accent),
+        "formants": (1, 1.15)[short] * np.exp(rng.normal(0, 0.06, 3)) * accent,
         "tilt": rng.uniform(0.5, 1.1), "pace": pace * np.exp(rng.normal(0, 0.2)),
     }
 
@@ -633,7 +520,7 @@ def pronounce(story, voice, rng):
     for words in story:
         phones += [phone for word in words for phone in word] + ["SIL"]
     pace = voice["pace"] * np.exp(rng.normal(0, 0.15))  # that day's
-    frames = np.array([GESTURES[phone][0] for phone in phones]) / pace
+    frames = np.array([PHONES[phone][0] for phone in phones]) / pace
     frames = np.rint(frames * np.exp(rng.normal(0, 0.2, len(phones))))
     return list(zip(phones, np.maximum(frames, 3).astype(int).tolist()))
 
@@ -645,13 +532,17 @@ def smooth(track, steps):
 
 
 def articulate(tokens, voice, rng):
-    """Tokens -> a row every 5 ms [T, 8]. Tongue and lips are slow: formants glide over 75 ms, so a
-    phone sounds of its neighbours, and a short one never reaches its target."""
+    """Tokens -> a row every 5 ms [T, 8]: F1 F2 F3, voice, noise, nasality, the noise's centre and
+    width. Tongue and lips are slow: formants glide over 75 ms, so a phone sounds of its neighbours,
+    and a short one never reaches its target."""
     rows, steps = [], []
     for phone, frames in tokens:
-        parts = np.array(GESTURES[phone][1])
-        rows.extend(parts * rng.normal(1, 0.07, 8))  # nobody says it twice the same
-        steps.extend(np.diff(np.arange(len(parts) + 1) * 2 * frames // len(parts)))
+        _, parts, place = PHONES[phone]
+        strength, centre, width = place[3:] or (0, 2000, 2000)
+        sloppy = rng.normal(1, 0.09, 8)  # nobody says it twice the same
+        rows += [sloppy * (*place[:3], voiced, noise * strength, nasal, centre, width)
+                 for voiced, noise, nasal in parts]
+        steps += np.diff(np.arange(len(parts) + 1) * 2 * frames // len(parts)).tolist()
     track = np.repeat(rows, steps, axis=0)
     formants = smooth(track[:, :3] * voice["formants"], 15)
     return np.hstack([formants, smooth(track[:, 3:], 3)]).astype(np.float32)
@@ -713,55 +604,48 @@ def write_wavs(jobs):
         list(pool.map(write, *zip(*jobs)))
 
 
-def write_csv(path, header, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, header.split(), extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_corpora(folder, part, seed, scale):
     """Manifests, alignments, ABX items and audio of a part; returns the words that were said."""
     languages, count, speakers, length, snr = CORPORA[part]
     tables, jobs, said = defaultdict(list), [], Counter()
-    for name, i in product(languages, range(max(2, round(count * scale)))):
-        lang, fileid = make_language(seed, name), f"{name}-{part}-{i % speakers}-{i:04d}"
-        voice, rng = make_voice(seed, name, fileid[:-5]), chance(seed, fileid)
+    for language, i in product(languages, range(max(2, round(count * scale)))):
+        speaker = f"{language}-{part}-{i % speakers}"
+        fileid, voice = f"{speaker}-{i:04d}", make_voice(seed, language, speaker)
+        path = f"{'train/' if part == 'train' else ''}{language}/{fileid}.wav"
+        lang, rng = make_language(seed, language), chance(seed, fileid)
         topic, sentences = rng.integers(4), round(voice["pace"] * rng.uniform(*length))
         story = [sentence(lang, rng, topic) for _ in range(sentences)]
         tokens = pronounce(story, voice, rng)
-        row = {"fileid": fileid, "language": name, "speaker": fileid[:-5], "tokens": tokens,
-               "num_samples": 160 * sum(frames for _, frames in tokens),
-               "path": f"{name}/{fileid}.wav",
-               "phones": " ".join(phone for phone, frames in tokens for _ in range(frames))}
-        tables["train" if part in ("train", "lm") else name].append(row)
-        jobs.append((folder / row["path"], tokens, voice, snr, (seed, fileid, "audio")))
+        tables["train" if part in ("train", "lm") else language].append({
+            "fileid": fileid, "path": path, "language": language, "speaker": speaker,
+            "num_samples": 160 * sum(frames for _, frames in tokens),
+            "phones": " ".join(phone for phone, frames in tokens for _ in range(frames)),
+            "items": abx_items(fileid, speaker, tokens)})
+        jobs.append((folder / path, tokens, voice, snr, (seed, fileid)))
         said.update(word for words in story for word in words)
     for table, rows in tables.items():
         write_csv(folder / f"{table}.csv", "fileid path num_samples language speaker", rows)
         write_csv(folder / f"{table}_alignments.csv", "fileid phones language", rows)
-        items = ["#file onset offset #phone prev-phone next-phone speaker"]
-        items += [item for row in rows for item in abx_items(**row)]
-        (folder / f"{table}.item").write_text("\n".join(items) + "\n", encoding="utf-8")
+        lines = ["#file onset offset #phone prev-phone next-phone speaker"]
+        lines += [line for row in rows for line in row["items"]]
+        (folder / f"{table}.item").write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_wavs(jobs)
     return said
 
 
-def abx_items(fileid, speaker, tokens, **_):
-    ends = np.cumsum([frames for _, frames in tokens]) / 100
-    phones = [phone for phone, _ in tokens]
-    for i in range(1, len(tokens) - 1):
-        if phones[i] != "SIL":
-            times, context = f"{ends[i - 1]:.2f} {ends[i]:.2f}", f"{phones[i - 1]} {phones[i + 1]}"
-            yield f"{fileid} {times} {phones[i]} {context} {speaker}"
+def abx_items(fileid, speaker, tokens):
+    phones, frames = zip(*tokens)
+    ends = np.cumsum(frames) / 100
+    return [f"{fileid} {ends[i - 1]:.2f} {ends[i]:.2f} {phones[i]} {phones[i - 1]} {phones[i + 1]} "
+            f"{speaker}" for i in range(len(tokens)) if phones[i] != "SIL"]
 
 
 def make_pairs(lang, rng, said, count):
     """{test: [(type, frequency, right, wrong)]}, where right and wrong are lists of sentences."""
     # Two words swap their beginnings and both become non-words, so neither length nor the frequency
     # of single phones gives the non-words away.
-    words = [word for topic in lang["nouns"] + [lang["rare"]] for kind in topic for word in kind]
+    nouns = lang["nouns"] + [lang["rare"]]
+    words = [word for topic in nouns for gender in topic for word in gender]
     lexical, syntactic, stories, seen = [], [], [], set(words)
     for one, two in rng.permutation(list(combinations(range(len(words)), 2))):
         one, two = words[one], words[two]
@@ -769,7 +653,8 @@ def make_pairs(lang, rng, said, count):
         if len(one) == len(two) and one[-1] == two[-1] and not seen & set(new):
             seen |= set(new)
             lexical += [("", said[w], [[w]], [[n]]) for w, n in zip((one, two), new)]
-    # The same words in another order: determiners that do not agree, or that follow their noun.
+    # The same words in another order, so that genders do not agree, or that a noun comes too late
+    # or too early.
     orders = ("agreement", (3, 1, 2, 0, 4)), ("order", (0, 2, 1, 3, 4)), ("order", (1, 0, 2, 3, 4))
     for i in range(count):
         kind, order = orders[i % 3]
@@ -790,17 +675,16 @@ def write_tests(folder, seed, scale, said):
         rows, jobs = [], []
         for i, (kind, frequency, *sides) in enumerate(pairs):
             voice, key = make_voice(seed, LM_LANGUAGE, f"test-{i % 3}"), (seed, test, i)
-            for side, story in zip(("correct", "incorrect"), sides):
+            for correct, story in zip((1, 0), sides):
+                name = f"{i:04d}_{'correct' if correct else 'incorrect'}"
                 tokens = pronounce(story, voice, chance(*key, "timing"))
-                path = folder / test / f"{i:04d}_{side}.wav"
-                jobs.append((path, tokens, voice, CORPORA["lm"][-1], key))
+                jobs.append((folder / test / f"{name}.wav", tokens, voice, CORPORA["lm"][-1], key))
                 rows.append({
-                    "id": i, "filename": path.stem, "voice": i % 3, "type": kind,
-                    "frequency": frequency, "phones": " ".join(phone for phone, _ in tokens),
-                    "correct": int(side == "correct")})
-        write_wavs(jobs)
+                    "id": i, "filename": name, "voice": i % 3, "correct": correct, "type": kind,
+                    "frequency": frequency, "phones": " ".join(phone for phone, _ in tokens)})
         write_csv(folder / test / "gold.csv",
-                  "id filename voice type frequency phones correct", rows)
+                  "id filename voice correct type frequency phones", rows)
+        write_wavs(jobs)
 
 
 def toy(folder, parts=tuple(CORPORA), seed=0, scale=1.0):
@@ -809,37 +693,36 @@ def toy(folder, parts=tuple(CORPORA), seed=0, scale=1.0):
     train.csv  eval/LANG.csv  target/LANG.csv  lm/train.csv    manifests, with _alignments and .item
     lm/lexical/dev/gold.csv  lm/syntactic/dev/gold.csv  lm/tsc     tests in ZeroSpeech's layout
 
-    The training part is the folder itself, and holds seed and scale for the others.
+    The training part is the folder itself; the others are made with its seed and scale.
     """
-    folder = Path(folder)
     about = {"version": TOY_VERSION, "seed": seed, "scale": scale}
     for part in ("train", *parts):
-        place = folder if part == "train" else folder / part
-        if not place.exists() or place.is_dir() and not any(place.iterdir()):
-            new = place.with_name(f"{place.name}.tmp{os.getpid()}")  # renamed when it is whole
-            try:
-                said = write_corpora(new, part, about["seed"], about["scale"])
-                if part == "lm":
-                    write_tests(new, about["seed"], about["scale"], said)
-                if part == "train":
-                    (new / "toy.json").write_text(json.dumps(about))
-                if not place.exists() or not any(place.iterdir()):  # another process was faster
-                    new.rename(place)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
-        about = read_toy(folder)
-    return folder
+        place = Path(folder) if part == "train" else Path(folder, part)
+        if not place.exists():
+            make_part(place, part, about)
+        try:
+            about = json.loads((place / "toy.json").read_text())
+            version = about["version"]
+        except (OSError, ValueError, KeyError, TypeError):
+            version = None
+        require(version == TOY_VERSION, f"{place}: no toy world, or one of another version of the "
+                "code: name a new folder")
+    return Path(folder)
 
 
-def read_toy(folder):
-    """What the folder's toy.json says, if it is a toy world of this version of the code."""
+def make_part(place, part, about):
+    """A part is written under a temporary name and gets its own when it is whole."""
+    print(f"making {place}, a part of the toy world", flush=True)
+    new = place.with_name(f"{place.name}.tmp{os.getpid()}")
     try:
-        about = json.loads(Path(folder, "toy.json").read_text())
-        require(about["version"] == TOY_VERSION, "")
-        return about
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{folder}: no toy world, or one of another version of the code: name a "
-                         "new folder") from None
+        said = write_corpora(new, part, about["seed"], about["scale"])
+        if part == "lm":
+            write_tests(new, about["seed"], about["scale"], said)
+        (new / "toy.json").write_text(json.dumps(about))
+        if not place.exists():  # else another process was faster
+            new.rename(place)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import json
 import math
 import os
 import sys
-import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import data
 import model as spidr
-from model import InputError, all_sum, num_frames, option, require, run
+from model import InputError, all_sum, option, require, run
 from pretrain import (
     Log, Parser, RunOptions, Stop, autocast, finished, is_kept, leave, lr_at, make_optimizer, move,
     open_run, parse_options, resume, save_checkpoint, seed_step, setup, step_of, trained,
@@ -68,9 +68,8 @@ class Encoder(NamedTuple):
     layers: int  # L
     codebooks: int  # K, of the last K layers
     codewords: int  # V
-    dim: int  # D
-    encode: Callable  # B waveforms [N] -> for each what its L layers make of it, each [T, D]
-    units: Callable = None  # B waveforms -> for each its units by layer, [T], None without codebook
+    encode: Callable  # a waveform [N] -> what each of the L layers makes of it, [T, D]
+    units: Callable = None  # a waveform [N] -> the units of each of the last K layers, [T]
 
     def layer(self, wanted=None, units=False):
         """The layer asked for; else the second that has a codebook, since phones are usually
@@ -87,41 +86,34 @@ class Encoder(NamedTuple):
 def spidr_encoder(name, net):
     c, device = net.config, net.mask_embedding.device
 
-    def each(wavs, function):
-        """The outputs of a padded batch, [layers, B, T, ...], cut to each waveform's own frames."""
-        lengths = torch.tensor([len(wav) for wav in wavs], device=device)
-        wav = nn.utils.rnn.pad_sequence(wavs, batch_first=True).to(device)  # [B, N]
-        outputs = function(wav, lengths if len(lengths.unique()) > 1 else None)
-        frames = num_frames(lengths, c).tolist()
-        return [[output[b, :T] for output in outputs] for b, T in enumerate(frames)]
+    def encode(wav):  # the layers' outputs
+        return [x[0] for x in net.encode(wav[None].to(device))]
 
-    def encode(wavs):  # the layers' outputs (2)
-        return each(wavs, net.encode)
+    def units(wav):  # what the student's heads predict, not the labels of the teacher
+        return net.units(wav[None].to(device))[:, 0]
 
-    def units(wavs):  # the codewords that the heads predict, as the labels are (3)
-        return [[None] * (c.layers - c.codebooks) + found for found in each(wavs, net.units)]
-
-    return Encoder(name, hash_weights(net), c.layers, c.codebooks, c.codewords, c.dim,
-                   encode, units)
+    return Encoder(name, hash_weights(net), c.layers, c.codebooks, c.codewords, encode, units)
 
 
 @torch.no_grad()
-def extract(rows, compute, layers, longest=60):
-    """Yields (fileid, outputs of the layers) of each recording, by an Encoder's encode or units:
-    short recordings together, and what is over `longest` seconds alone and in windows."""
-    for batch in by_length(rows, longest * data.SAMPLE_RATE):
-        wavs, parts = [read_recording(row) for row in batch], []
-        alone = len(batch) == 1
-        for begin, end, keep in windows(len(wavs[0]), longest) if alone else [WHOLE]:
-            found = compute([wav[begin:end] for wav in wavs])
-            parts.append([[x[layer - 1][keep].cpu() for layer in layers] for x in found])
-        for row, *windows_of_row in zip(batch, *parts):
-            yield row.fileid, [torch.cat(output) for output in zip(*windows_of_row)]
+def extract(rows, encoder, layers, units=False, longest=60):
+    """Yields (fileid, [the frames [T, D] or units [T] of each of these layers]) for each recording.
+    What is longer than `longest` seconds goes in windows."""
+    require(len({row.fileid for row in rows}) == len(rows), "a fileid names several recordings: "
+            "give the manifest a column fileid in which all are different")
+    for row in tqdm(rows, "audio", unit="file", leave=False, disable=None):
+        wav, parts = read_recording(row), []
+        for begin, end, keep in windows(len(wav), longest):
+            found = encoder.units(wav[begin:end]) if units else encoder.encode(wav[begin:end])
+            # The layers are counted from the last one, since only the last K have units.
+            parts.append([found[layer - encoder.layers - 1][keep].cpu() for layer in layers])
+        yield row.fileid, [torch.cat(part) for part in zip(*parts)]
 
 
 # ======== ABX: the distance of two tokens ========
 
-CHUNK = 1 << 25  # distances of frames held at a time
+CHUNK = 1 << 25  # distances of frames that a thread holds at a time
+BLOCK = 1 << 20  # of these computed in one product of matrices
 BATCH = 1 << 19  # numbers in a table of dtw's
 
 
@@ -135,7 +127,7 @@ class Tokens(NamedTuple):
 
 def prepare(frames, distance):
     """What can be done once for each frame. [F, D] -> [F, .]"""
-    if distance == "angular":  # A frame of zeros has no direction; as in fastabx it gets (1, ..., 1).
+    if distance == "angular":  # As in fastabx a frame of zeros points to (1, ..., 1).
         norm = frames.norm(dim=1, keepdim=True)
         return torch.where(norm > 0, frames / norm, 1 / math.sqrt(frames.shape[1]))
     if distance == "kl":  # Centring log p changes no distance and keeps the sums precise.
@@ -169,73 +161,52 @@ def dtw(table, tx, ty):
     table[0], table[:, 0] = np.inf, np.inf
     table[0, 0] = 0
     cost = table.reshape(-1, pairs)  # Cell (i, j) is row i * width + j.
-    diagonal, left, up = width + 1, 1, width  # so many rows before a cell are its predecessors
-    for k in range(2, height + width - 1):  # The cells with i + j = k depend on earlier k only.
+    length = np.zeros(cost.shape, np.int16)  # the number of cells on that path
+    for k in range(2, height + width - 1):  # The cells with i + j = k depend on smaller k only.
         first, last = max(1, k - width + 1), min(k - 1, height - 1)  # their i
         start, stop = first * width + k - first, last * width + k - last + 1
-        before = [cost[start - step : stop - step : width - 1] for step in (diagonal, left, up)]
-        best = np.minimum(before[0], before[1])
-        cost[start : stop : width - 1] += np.minimum(best, before[2], out=best)
-
-    # The path is walked back to count its cells. Among equal costs it prefers the diagonal,
-    # then the step along y (left). Pairs that have arrived at (0, 0) stay before the table.
-    cost, steps = cost.reshape(-1), np.array([diagonal, left, up]) * pairs
-    end = at = (tx * width + ty) * pairs + np.arange(pairs)
-    length = np.zeros(pairs, np.float32)
-    while (on_path := at >= pairs).any():
-        length += on_path
-        to_diagonal, to_left, to_up = (cost.take(at - step, mode="clip") for step in steps)
-        straight = np.where(to_left <= to_up, steps[1], steps[2])
-        at = at - np.where(to_diagonal <= np.minimum(to_left, to_up), steps[0], straight)
-    return cost[end] / length
+        here, diagonal, left, up = (slice(start - back, stop - back, width - 1)
+                                    for back in (0, width + 1, 1, width))
+        # Among equal costs the path prefers the diagonal, then the step along y (left). A choice
+        # is a product with 0 or 1, which is several times as fast as np.where.
+        straight = np.minimum(cost[left], cost[up])
+        steps = length[up] + (cost[left] <= cost[up]) * (length[left] - length[up])
+        steps += (cost[diagonal] <= straight) * (length[diagonal] - steps)
+        length[here] = steps + 1
+        cost[here] += np.minimum(straight, cost[diagonal])
+    end, pair = tx * width + ty, np.arange(pairs)
+    return cost[end, pair] / length[end, pair]
 
 
 def block_distances(blocks, tokens):
-    """For each block (unit, x, y): the distance [X, Y] of every token of x from every one of y.
+    """The blocks (unit, x, y), and the distances [X, Y] of each: every token of x from all of y.
 
     The frames of a block are compared in one go. Then the pairs of all blocks are sorted by length
     and aligned in batches, in which every pair is padded to the longest.
     """
-    flat, pairs, size = [], [], 0
+    longest = np.diff(tokens.begin).max()  # room for pairs that are padded beyond the end
+    room = sum(block_size(block, tokens.begin) for block in blocks) + longest + 1
+    flat, size, pairs = torch.zeros(room), 1, []
     for _, x, y in blocks:
         at_x, at_y = (tokens.begin[part.start : part.stop + 1] for part in (x, y))
         found = frame_distances(tokens.frames[at_x[0] : at_x[-1]],
                                 tokens.frames[at_y[0] : at_y[-1]], tokens.distance)
+        flat[size : size + found.numel()] = found.reshape(-1)
         # Frames i of x and j of y, from 0, are flat[start + i * step + j] apart.
         step = found.shape[1]
         start = size + (at_x[:-1] - at_x[0])[:, None] * step + (at_y[:-1] - at_y[0])
         four = np.broadcast_arrays(start, step, np.diff(at_x)[:, None], np.diff(at_y))
         pairs.append(np.stack([one.reshape(-1) for one in four]))
-        flat.append(found.reshape(-1))
         size += found.numel()
-    flat, pairs = torch.cat(flat).numpy(), np.concatenate(pairs, 1)
 
-    result, done = np.empty(pairs.shape[1], np.float32), 0
-    order = np.lexsort([pairs[3], pairs[2] // 4])[::-1]  # like lengths together, the longest first
-    while done < len(order):
-        room = BATCH // max(1, pairs[2:, order[done]].prod())
-        batch = order[done : done + max(1, room)]
-        start, step, tx, ty = pairs[:, batch]
-        i, j = np.ogrid[-1 : tx.max(), -1 : ty.max()]  # -1 for the row and the column left free
-        table = flat.take(start + i[..., None] * step + j[..., None], mode="clip")
-        result[batch] = dtw(table, tx, ty)
-        done += len(batch)
+    start, step, tx, ty = np.concatenate(pairs, 1)
+    result = np.empty(len(start), np.float32)
+    for some in batches(tx, ty):
+        table = cut_out(flat, start[some], step[some], tx[some].max(), ty[some].max())
+        result[some] = dtw(table, tx[some], ty[some])
     ends = np.cumsum([len(x) * len(y) for _, x, y in blocks])
-    return [d.reshape(len(x), -1) for (_, x, _), d in zip(blocks, np.split(result, ends[:-1]))]
-
-
-def chunks(blocks, begin):
-    """Lists of blocks with about CHUNK distances of frames, which bounds the memory."""
-    chunk, size = [], 0
-    for block in blocks:
-        _, x, y = block
-        chunk.append(block)
-        size += (begin[x.stop] - begin[x.start]) * (begin[y.stop] - begin[y.start])
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+    each = np.split(result, ends[:-1])
+    return [(block, d.reshape(len(block[1]), -1)) for block, d in zip(blocks, each)]
 
 
 # ======== ABX: triples and cells ========
@@ -265,18 +236,6 @@ def abx_units(runs, speaker, max_x_across, random):
                     yield phone, who, runs[context, other][phone], run
 
 
-def abx_blocks(units, begin):
-    """Cuts the units by X, so that a block has about CHUNK distances of frames at most."""
-    for unit in units:
-        _, _, x, run = unit
-        parts = [*run.values()]
-        y = range(parts[0].start, parts[-1].stop)
-        longest = np.diff(begin[x.start : x.stop + 1]).max()
-        some = max(1, int(CHUNK // (longest * (begin[y.stop] - begin[y.start]))))
-        for start in range(x.start, x.stop, some):
-            yield unit, x[start - x.start : start - x.start + some], y
-
-
 def errors(d, x, y, a):
     """For each token B of y: how many of its triples with X of x and A of the range a are wrong.
 
@@ -289,27 +248,15 @@ def errors(d, x, y, a):
     return wrong
 
 
-def abx_runs(items, context, max_size_group, random):
-    """-> the items' numbers, sorted, and {(context, speaker): {phone: range of places in them}}"""
-    keys = [(item.context if context == "within" else "", item.speaker, item.phone)
-            for item in items]
-    order = range(len(items)) if max_size_group is None else random.permutation(len(items))
-    kept, runs = [], defaultdict(dict)
-    for key, some in itertools.groupby(sorted(order, key=keys.__getitem__), keys.__getitem__):
-        some = list(some)[:max_size_group]  # as in fastabx, the same ones in every cell and role
-        runs[key[:2]][key[2]] = range(len(kept), len(kept) + len(some))
-        kept += some
-    return kept, runs
-
-
 def abx_cells(runs, tokens, speaker, max_x_across, random):
     """-> {(A, B, speaker of A and B): shares of wrong triples in each cell}, number of triples
 
     A cell is all triples of one A, one B, one speaker, one context and one speaker of X.
     """
     units = abx_units(runs, speaker, max_x_across, random)
-    found = (pair for chunk in chunks(abx_blocks(units, tokens.begin), tokens.begin)
-             for pair in zip(chunk, block_distances(chunk, tokens)))
+    jobs = chunks(abx_blocks(units, tokens.begin), tokens.begin)
+    found = in_threads(lambda chunk: block_distances(chunk, tokens), jobs)
+    found = itertools.chain.from_iterable(found)
     cells, triples = defaultdict(list), 0
     for (phone, who, x, run), parts in itertools.groupby(found, lambda pair: pair[0][0]):
         a, first = run[phone], min(part.start for part in run.values())
@@ -372,30 +319,23 @@ def quality(units, phones, codewords=None):
     100 Hz. `codewords` is V; without it the bitrate takes the number of units that occur."""
     files = sorted(units.keys() & phones.keys())
     require(files, "quality: no file has both units and phones")
-    number = {phone: i for i, phone in enumerate(sorted({p for f in files for p in phones[f]}))}
-    tracks = {f: (np.array(units[f]), np.array([number[p] for p in phones[f]])) for f in files}
-    table = count_pairs(tracks, len(number))  # [phones, units]
+    names = sorted({phone for file in files for phone in phones[file]})
+    tracks = [(np.array(units[file]), np.searchsorted(names, phones[file])) for file in files]
+    table = np.zeros((len(names), 1 + max(track.max() for track, _ in tracks)))  # [phones, units]
+    for file, (track, labels) in zip(files, tracks):
+        # A recording is up to 3 phones longer than its units.
+        require(abs(2 * len(track) - len(labels)) <= data.ALIGNMENT_SLACK + 3, f"{file}: not of "
+                f"the same audio: {len(track)} units at 50 Hz, {len(labels)} phones at 100 Hz")
+        both = min(2 * len(track), len(labels))
+        np.add.at(table, (labels[:both], track.repeat(2)[:both]), 1)
     likely = np.argsort(-table.sum(1), kind="stable")  # phones, the most frequent first
     phone_of = likely[table[likely].argmax(0)]  # each unit's phone; of equals the more frequent
-    frames = sum(len(sequence) for sequence, _ in tracks.values())
-    kept = sum(len(dedupe(sequence)) for sequence, _ in tracks.values())
     found = information(table)
-    found["bitrate"] = math.log2(codewords or found["active"]) * kept / (frames / RATE)
+    seconds = sum(len(track) for track, _ in tracks) / RATE
+    kept = sum(len(dedupe(track)) for track, _ in tracks)
+    found["bitrate"] = math.log2(codewords or found["active"]) * kept / seconds
     found["per"] = phone_error_rate(tracks, phone_of)
     return found | boundaries(tracks, phone_of)
-
-
-def count_pairs(tracks, phones):
-    """[phones, units]: how often they coincide, at 100 Hz, up to the end of the shorter one."""
-    table = np.zeros((phones, 1 + max(units.max() for units, _ in tracks.values())))
-    for file, (units, labels) in tracks.items():
-        # A recording is up to 3 phones longer than its units.
-        require(abs(2 * len(units) - len(labels)) <= data.ALIGNMENT_SLACK + 3,
-                f"{file}: {len(units)} units at 50 Hz, but {len(labels)} phones at 100 Hz: not of "
-                "the same audio")
-        both = min(2 * len(units), len(labels))
-        np.add.at(table, (labels[:both], units.repeat(2)[:both]), 1)
-    return table
 
 
 def information(table):
@@ -413,8 +353,8 @@ def information(table):
 
 def phone_error_rate(tracks, phone_of):
     """(14) Edits that turn the units' phones into the true ones, over the number of these."""
-    heard = [dedupe(phone_of[units]) for units, _ in tracks.values()]
-    said = [dedupe(labels) for _, labels in tracks.values()]
+    heard = [dedupe(phone_of[units]) for units, _ in tracks]
+    said = [dedupe(labels) for _, labels in tracks]
     return sum(map(edit_distance, heard, said)) / sum(map(len, said))
 
 
@@ -433,7 +373,7 @@ def boundaries(tracks, phone_of, tolerance=2):
     """(14) F1 and R-value of where labels change, in steps of 10 ms: a true boundary is found if a
     predicted one lies within 20 ms of it, and no nearer to its neighbours."""
     found = true = predicted = 0
-    for units, labels in tracks.values():
+    for units, labels in tracks:
         said = np.flatnonzero(np.diff(labels)) + 1
         heard = 2 * (np.flatnonzero(np.diff(phone_of[units])) + 1)
         middles = np.array([-math.inf, *(said[1:] + said[:-1]) / 2, math.inf])
@@ -456,23 +396,6 @@ def dedupe(labels):
     return labels[np.diff(labels, prepend=-1) != 0]
 
 
-class LMBlock(nn.Module):
-    def __init__(self, dim, heads, dropout):
-        super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x):  # [B, T, D]
-        B, T, D = x.shape
-        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.dropout(self.proj(y.transpose(1, 2).reshape(B, T, D)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
-
-
 class UnitLM(nn.Module):
     """A causal, pre-norm Transformer over units without repetitions. Token V is the boundary that
     stands before and after an utterance."""
@@ -480,29 +403,30 @@ class UnitLM(nn.Module):
     def __init__(self, codewords, layers, dim, heads, context, dropout=0.0):
         super().__init__()
         self.boundary, self.context = codewords, context
-        self.units = {}  # the header of the units that it was trained on
         self.embedding = nn.Embedding(codewords + 1, dim)
         self.position = nn.Embedding(context, dim)
-        self.blocks = nn.Sequential(*(LMBlock(dim, heads, dropout) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, codewords + 1, bias=False)
+        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout, F.gelu, batch_first=True,
+                                           norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim),
+                                            enable_nested_tensor=False)
+        self.head = nn.Linear(dim, codewords + 1, bias=False)
         for weight in (p for p in self.parameters() if p.ndim == 2):
             nn.init.normal_(weight, std=0.02)
-        for block in self.blocks:  # what adds up along the residual stream starts smaller: GPT-2
-            block.proj.weight.data /= math.sqrt(2 * layers)
-            block.down.weight.data /= math.sqrt(2 * layers)
 
     def forward(self, tokens):
         """[B, T + 1] tokens -> [B, T]: -log p of each token but the first, given those before it.
         Padding is -1 and gets 0. It is on the right, where causal attention does not look."""
         seen, following = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
         x = self.embedding(seen) + self.position.weight[: seen.shape[1]]  # [B, T, D]
-        logits = self.head(self.norm(self.blocks(x))).float().transpose(1, 2)  # [B, V + 1, T]
-        return F.cross_entropy(logits, following, ignore_index=-1, reduction="none")
+        causal = nn.Transformer.generate_square_subsequent_mask(seen.shape[1], x.device)
+        logits = self.head(self.blocks(x, causal, is_causal=True)).float()  # [B, T, V + 1]
+        return F.cross_entropy(logits.mT, following, ignore_index=-1, reduction="none")
 
 
 @torch.no_grad()
-def log_likelihood(lm, units):
-    """The sum of log p(unit | boundary, units before it), and the number of units.
+def score_units(lm, units):
+    """The score of an utterance: log p(unit | boundary, units before it), a mean over its units
+    without repetitions.
 
     Neither boundary counts: the first is given, and for a word that stands alone the last is out
     of place. What is longer than the context goes in windows that overlap by half, so that each
@@ -513,52 +437,34 @@ def log_likelihood(lm, units):
     step, total = (lm.context + 1) // 2, 0.0
     for i in range(0, max(1, len(tokens) - 1 - lm.context + step), step):
         known = lm.context - step if i else 0  # the window before has scored them
-        losses = lm(tokens[None, i : i + lm.context + 1])[0]
+        losses = lm.eval()(tokens[None, i : i + lm.context + 1])[0]
         total -= losses[known:].double().sum().item()
-    return total, len(tokens) - 1
-
-
-def score_units(lm, units):
-    """The score of an utterance: its log-likelihood over its length, without repetitions."""
-    total, length = log_likelihood(lm.eval(), units)
-    return total / length
+    return total / (len(tokens) - 1)
 
 
 # ======== pairs: sWUGGY, sBLIMP, tSC ========
 
 
-class Side(NamedTuple):
-    """One side of a pair, spoken by one voice."""
-
-    id: str
-    voice: str
-    correct: bool
-    file: str
-    groups: list  # what it counts in, such as "all" and "in vocabulary"
-    where: str  # "gold.csv:line", for messages
-
-
-def pair_accuracy(sides, scores):
-    """{pair: how often its right side has the higher score}, ties by half, a mean over the pair's
-    voices, so that a pair of many voices counts no more than another. scores {file: score}"""
-    found, wins = defaultdict(lambda: ([], [])), defaultdict(list)
-    for side in sides:
-        found[side.id, side.voice][side.correct].append(side)
-    for (id, voice), (wrong, right) in found.items():
-        require(wrong and right, f"{(wrong + right)[0].where}: this side of pair {id} {voice} "
-                "has no other side")
-        margins = [scores[r.file] - scores[w.file] for r in right for w in wrong]
-        wins[id].append(np.mean([(margin > 0) + (margin == 0) / 2 for margin in margins]))
-    return {id: float(np.mean(voices)) for id, voices in wins.items()}
+def pair_accuracy(voices, scores):
+    """How often the right side of a pair has the higher score, ties by half. Each of its voices
+    counts the same. voices [(files of the wrong side, of the right side)], scores {file: score}"""
+    wins = []
+    for wrong, right in voices:
+        margins = np.subtract.outer([scores[file] for file in right],
+                                    [scores[file] for file in wrong])
+        wins.append(np.mean((margins > 0) + (margins == 0) / 2))
+    return fmean(wins)
 
 
-def accuracies(sides, scores):
-    """{group: its accuracy in percent, its number of pairs}"""
-    found = {}
-    for group in sorted({group for side in sides for group in side.groups}):
-        pairs = pair_accuracy([side for side in sides if group in side.groups], scores).values()
-        found[group] = dict(accuracy=100 * float(np.mean(list(pairs))), pairs=len(pairs))
-    return found
+def accuracies(pairs, scores):
+    """{group: its accuracy in percent, its number of pairs}. A mean over pairs, so that a pair of
+    many voices counts no more than another. pairs {pair: (groups, {voice: sides})}"""
+    found = defaultdict(list)
+    for groups, voices in pairs.values():
+        for group in groups:
+            found[group].append(pair_accuracy(voices.values(), scores))
+    return {group: dict(accuracy=100 * fmean(shares), pairs=len(shares))
+            for group, shares in sorted(found.items())}
 
 
 # ======== plumbing: skip at first reading ========
@@ -569,14 +475,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_encoder(name, device=DEVICE):
-    name = str(name)
     if name == "mfcc":
-        return Encoder(name, "", 1, 0, 0, 39, mfcc)
+        return Encoder(name, "", 1, 0, 0, mfcc)
     if name in BASELINES:
         return baseline(name, device)
-    require(Path(name).exists(), f"{name}: no such run or checkpoint, nor a baseline "
-            f"({', '.join(BASELINES)})")
-    return spidr_encoder(name, spidr.load(name, device))
+    return spidr_encoder(str(name), spidr.load(name, device))
 
 
 def hash_weights(net):
@@ -586,15 +489,15 @@ def hash_weights(net):
     return digest.hexdigest()[:16]
 
 
-def mfcc(wavs):
+def mfcc(wav):
     """13 coefficients with their first and second differences, [T, 39], of 25 ms windows that are
     centred as our frames are."""
     torchaudio, pad = data.import_torchaudio("mfcc"), (FIELD - HOP) // 2
     mel = dict(n_fft=FIELD, hop_length=HOP, n_mels=40, center=False)
     transform = torchaudio.transforms.MFCC(data.SAMPLE_RATE, 13, log_mels=True, melkwargs=mel)
     deltas = torchaudio.functional.compute_deltas
-    found = [transform(F.pad(wav, (pad, pad))) for wav in wavs]  # [13, T]
-    return [[torch.cat([c, deltas(c), deltas(deltas(c))]).T.contiguous()] for c in found]
+    c = transform(F.pad(wav, (pad, pad)))  # [13, T]
+    return [torch.cat([c, deltas(c), deltas(deltas(c))]).T.contiguous()]
 
 
 def baseline(name, device, pretrained=True):
@@ -602,38 +505,21 @@ def baseline(name, device, pretrained=True):
     torchaudio = data.import_torchaudio(name)
     pipeline = getattr(torchaudio.pipelines, name.upper())
     make = pipeline.get_model if pretrained else getattr(torchaudio.models, name)
-    try:
-        net = make().eval().to(device)
-    except OSError as error:  # no network, no room
-        raise InputError(f"{name}: its weights could not be downloaded: {error}") from None
+    net = make().eval().to(device)
 
-    def encode(wavs):  # one at a time: their group norm would count padding
-        return [[x[0] for x in net.extract_features(wav[None].to(device))[0]] for wav in wavs]
+    def encode(wav):
+        return [x[0] for x in net.extract_features(wav[None].to(device))[0]]
 
-    return Encoder(name, hash_weights(net), 12, 0, 0, 768, encode)
+    return Encoder(name, hash_weights(net), 12, 0, 0, encode)
 
 
 def read_recording(row):
     try:
         wav = data.standardise(data.read_audio(row.path))
+        require(len(wav) >= FIELD, f"{len(wav)} samples are too short for a frame")
     except InputError as error:
         raise InputError(f"{row.where or row.path}: {error}") from None
-    require(len(wav) >= FIELD, f"{row.path}: {len(wav)} samples are too short for a frame")
     return wav
-
-
-def by_length(rows, samples):
-    """Yields lists of recordings of like length, of about so many samples; a recording of more is
-    alone, since it makes the number of its batch a new one."""
-    check_unique(rows)
-    rows = sorted(rows, key=lambda row: row.num_samples)
-    number = np.cumsum([row.num_samples for row in rows]) // samples
-    bar = tqdm(zip(number, rows), "audio", len(rows), unit="file", leave=False, disable=None)
-    for _, batch in itertools.groupby(bar, key=lambda pair: pair[0]):
-        yield [row for _, row in batch]
-
-
-WHOLE = (0, None, slice(None))  # a window without ends
 
 
 def windows(samples, longest):
@@ -641,7 +527,7 @@ def windows(samples, longest):
     windows that overlap, of which the middle two thirds are kept: attention over an hour does not
     fit, and the network has never seen one."""
     if samples <= longest * data.SAMPLE_RATE:
-        return [WHOLE]
+        return [(0, samples, slice(None))]
     frames, context, found = (samples - FIELD) // HOP + 1, longest * RATE // 6, []
     for first in range(0, frames, 4 * context):
         begin, end = max(0, first - context), min(first + 5 * context, frames)
@@ -650,14 +536,7 @@ def windows(samples, longest):
     return found
 
 
-def check_unique(rows):
-    for fileid, count in Counter(row.fileid for row in rows).items():
-        require(count == 1, f"{fileid!r} names {count} recordings: give the manifest a column "
-                "fileid in which all are different")
-
-
 # ======== ABX: items and their frames ========
-
 
 
 class Item(NamedTuple):
@@ -721,109 +600,181 @@ def abx_tokens(features, items, item_file):
     return used, frames, note
 
 
+def abx_runs(items, context, max_size_group, random):
+    """-> the items' numbers, sorted, and {(context, speaker): {phone: range of places in them}}"""
+    keys = [(item.context if context == "within" else "", item.speaker, item.phone)
+            for item in items]
+    order = range(len(items)) if max_size_group is None else random.permutation(len(items))
+    kept, runs = [], defaultdict(dict)
+    for key, some in itertools.groupby(sorted(order, key=keys.__getitem__), keys.__getitem__):
+        some = list(some)[:max_size_group]  # as in fastabx, the same ones in every cell and role
+        runs[key[:2]][key[2]] = range(len(kept), len(kept) + len(some))
+        kept += some
+    return kept, runs
+
+
+# ======== ABX: many pairs at a time ========
+
+
+def abx_blocks(units, begin):
+    """Cuts the units by X, so that a block has about BLOCK distances of frames at most."""
+    for unit in units:
+        _, _, x, run = unit
+        parts = [*run.values()]
+        y = range(parts[0].start, parts[-1].stop)
+        longest = np.diff(begin[x.start : x.stop + 1]).max()
+        some = max(1, int(BLOCK // (longest * (begin[y.stop] - begin[y.start]))))
+        for start in range(x.start, x.stop, some):
+            yield unit, x[start - x.start : start - x.start + some], y
+
+
+def block_size(block, begin):
+    """How many distances of frames a block has."""
+    _, x, y = block
+    return int((begin[x.stop] - begin[x.start]) * (begin[y.stop] - begin[y.start]))
+
+
+def chunks(blocks, begin):
+    """Lists of blocks with about CHUNK distances of frames, which bounds the memory."""
+    chunk, size = [], 0
+    for block in blocks:
+        chunk.append(block)
+        size += block_size(block, begin)
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def in_threads(work, jobs):
+    """Yields work(job) for each job, in order; as many threads as torch uses are at work.
+
+    Each of them works alone: to share out every small operation would cost more than it brings.
+    """
+    threads, waiting = torch.get_num_threads(), deque()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def batches(tx, ty):
+    """Yields the pairs in batches of like lengths, whose padded tables have about BATCH numbers."""
+    band = tx // 4  # sorted in bands of tx, and in each by ty, up and down in turns
+    order = np.lexsort([np.where(band % 2, ty, -ty), band])
+    while len(order):
+        some = order[: BATCH // (tx[order[0]] * ty[order[0]])]
+        numbers = np.maximum.accumulate(tx[some]) * np.maximum.accumulate(ty[some])
+        fit = np.searchsorted(numbers * np.arange(1, len(some) + 1), BATCH, "right")
+        yield order[: max(1, fit)]
+        order = order[max(1, fit) :]
+
+
+def cut_out(flat, start, step, height, width):
+    """The table for dtw: at (i + 1, j + 1, p) flat[start[p] + i * step[p] + j]."""
+    windows = flat.unfold(0, int(width) + 1, 1)  # every stretch of width + 1 numbers
+    rows = start - 1 + np.arange(-1, height)[:, None] * step  # -1: the row and column left free
+    rows = torch.from_numpy(rows.clip(0, len(windows) - 1))
+    table = windows.index_select(0, rows.view(-1)).view(*rows.shape, -1)
+    return table.transpose(1, 2).contiguous().numpy()
+
+
 # ======== the verbs features, units, abx, quality ========
-
-
-def describe(encoder, layer):
-    return dict(model=encoder.name, hash=encoder.hash, layer=layer, frame_rate=RATE)
 
 
 def write_json(path, record):
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def write_features(args):
-    rows, out = data.read_manifest(args.audio), Path(args.out)
+def print_row(name, *cells):
+    """A line of a table."""
+    texts = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
+    print(f"{name!s:24}", *(f"{text:>14}" for text in texts), flush=True)
+
+
+def write_outputs(args):
+    """The verbs features and units."""
+    out, units = Path(args.out), args.verb == "units"
+    require(not out.exists(), f"{out} is there already: name another one, or remove it")
+    rows = data.read_manifest(args.audio)
     for row in rows:
         data.file_name(row.fileid, row.where)
-    require(not (out / "meta.json").exists(),
-            f"{out} holds features already: name another folder, or remove it")
     encoder = load_encoder(args.model)
-    layer = encoder.layer(args.layer)
-    out.mkdir(exist_ok=True)
-    write_json(out / "meta.json", describe(encoder, layer))
-    for fileid, (frames,) in extract(rows, encoder.encode, [layer], args.longest):
-        path = out / f"{fileid}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, frames.numpy())
+    layer = encoder.layer(args.layer, units)
+    header = dict(model=encoder.name, hash=encoder.hash, layer=layer, frame_rate=RATE)
+    found = extract(rows, encoder, [layer], units, args.longest)
+    if units:
+        with open(f"{out}.part", "w", encoding="utf-8") as file:
+            file.write(json.dumps(header | dict(codewords=encoder.codewords)) + "\n")
+            for fileid, (x,) in found:
+                file.write(json.dumps(dict(fileid=fileid, units=x.tolist())) + "\n")
+        os.replace(f"{out}.part", out)
+    else:
+        for fileid, (frames,) in found:
+            path = out / f"{fileid}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, frames.numpy())
+        write_json(out / "meta.json", header)
     print(f"{len(rows)} files, layer {layer} of {encoder.name}, {RATE} Hz: {out}")
 
 
 def read_features(folder, files):
-    """A folder of .npy or .pt -> {file: [T, D]} of the wanted files that are there, meta.json."""
-    require(Path(folder).is_dir(), f"{folder}: no such folder of features")
-    features, path = {}, Path(folder, "meta.json")
-    for file in files:
-        data.file_name(file, folder)
+    """{file: [T, D]} of those files whose .npy is in the folder, and its meta.json."""
+    path, features = Path(folder, "meta.json"), {}
     try:
         meta = json.loads(path.read_text()) if path.exists() else {}
         for file in files:
-            path = Path(folder, f"{file}.npy")
+            path = Path(folder, data.file_name(file, folder) + ".npy")
             if path.exists():
                 features[file] = torch.from_numpy(np.load(path))
-            elif (path := Path(folder, f"{file}.pt")).exists():
-                features[file] = torch.load(path, weights_only=True, map_location="cpu").detach()
-    except Exception as error:  # of many kinds, some of many lines
-        why = type(error).__name__
-        raise InputError(f"{path}: damaged, or no array of features ({why})") from None
+    except (ValueError, TypeError, EOFError) as error:
+        raise InputError(f"{path}: damaged, or no array of numbers: {error}") from None
     return features, meta
-
-
-def write_units(args):
-    out = Path(args.out)
-    require(not out.exists(), f"{out} is there already: name another file, or remove it")
-    rows, encoder = data.read_manifest(args.audio), load_encoder(args.model)
-    layer = encoder.layer(args.layer, units=True)
-    with open(f"{out}.part", "w", encoding="utf-8") as file:
-        header = describe(encoder, layer) | dict(codewords=encoder.codewords)
-        file.write(json.dumps(header) + "\n")
-        for fileid, (units,) in extract(rows, encoder.units, [layer], args.longest):
-            file.write(json.dumps(dict(fileid=fileid, units=units.tolist())) + "\n")
-    os.replace(f"{out}.part", out)
-    print(f"{len(rows)} files, units of layer {layer} of {encoder.name}, {RATE} Hz: {out}")
 
 
 def read_units(path, like=None):
     """-> header, {file: units [T]}. The header must be as another one is, but for the name of the
     model, since a model may have several."""
-    units, names = {}, ("model", "hash", "layer", "frame_rate", "codewords")
     try:
-        with open(path, encoding="utf-8") as file:
-            header = json.loads(file.readline())
-            found = [(name, header[name]) for name in names]
-            for record in map(json.loads, file):
-                units[record["fileid"]] = np.array(record["units"])
+        header, *records = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+        units = {record["fileid"]: np.array(record["units"]) for record in records}
+        codewords, _ = header["codewords"], header["model"]
+        for name in ("hash", "layer", "frame_rate", "codewords"):
+            wanted = (like or {"frame_rate": RATE}).get(name, header[name])
+            require(header[name] == wanted, f"{path}: {name} is {header[name]!r}, not {wanted!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a file that 'evaluate.py units' wrote: {error}") from None
-    for name, value in found[1:]:
-        wanted = (like or {"frame_rate": RATE}).get(name, value)
-        require(value == wanted, f"{path}: {name} is {value!r}, wanted is {wanted!r}")
     require(units, f"{path}: no units")
     for file, x in units.items():
-        fits = x.ndim == 1 and len(x) and x.dtype == int and 0 <= x.min() <= x.max()
-        require(fits and x.max() < header["codewords"],
-                f"{path}: {file}: not a list of units from 0 to {header['codewords'] - 1}")
-    return header, {file: x.astype(np.int32) for file, x in units.items()}
+        fits = x.ndim == 1 and len(x) and x.dtype == int and 0 <= x.min() and x.max() < codewords
+        require(fits, f"{path}: {file}: not a list of units from 0 to {codewords - 1}")
+    return header, units
 
 
 def abx_by_layer(args):
-    """Yields (layer, features of the items' files), in several passes over the audio where all
-    layers together would take more than 4 GB."""
+    """Yields (layer, features of the items' files)."""
     files = {item.file for item in read_items(args.items)}
     if args.features:
         features, meta = read_features(args.features, files)
-        rate = meta.get("frame_rate", RATE)
-        require(rate == RATE, f"{args.features}: features at {rate} Hz")
+        require(meta.get("frame_rate", RATE) == RATE, f"{args.features}: not at {RATE} Hz")
         yield meta.get("layer", "-"), features
         return
     rows, encoder = data.read_manifest(args.audio, only=files), load_encoder(args.model)
     require(rows, f"{args.audio}: none of the {len(files)} files of {args.items}")
-    layers = range(1, encoder.layers + 1)
-    if args.layer != "all":
-        layers = [encoder.layer(args.layer)]
-    at_once = max(1, int(4e9 * HOP / (4 * encoder.dim * sum(row.num_samples for row in rows))))
+    layers = [encoder.layer(args.layer)] if args.layer else range(1, encoder.layers + 1)
+    # A frame is 3 kB in base. Where those of all layers would take more than 4 GB, the audio is
+    # passed over several times.
+    at_once = max(1, 1_300_000 * HOP // sum(row.num_samples for row in rows))
     for some in (layers[i : i + at_once] for i in range(0, len(layers), at_once)):
-        found = dict(extract(rows, encoder.encode, some, args.longest))
+        found = dict(extract(rows, encoder, some, longest=args.longest))
         for n, layer in enumerate(some):
             yield layer, {file: outputs[n] for file, outputs in found.items()}
 
@@ -831,20 +782,16 @@ def abx_by_layer(args):
 def run_abx(args):
     require(bool(args.features) != bool(args.model and args.audio),
             "abx takes --features, or --model and --audio")
-    speakers, records = ["within", "across"] if args.speaker == "both" else [args.speaker], []
+    speakers = ["within", "across"] if args.speaker == "both" else [args.speaker]
+    print_row("ABX error, %", "layer", *speakers)
+    records = []
     for layer, features in abx_by_layer(args):
         found = [abx_details(features, args.items, speaker, args.context, args.distance,
                              args.max_size_group, args.max_x_across, args.seed)
                  for speaker in speakers]
-        if not records:
-            print("layer" + "".join(f"{speaker:>10}" for speaker in speakers) + "    ABX error, %")
-        print(f"{layer:>5}" + "".join(f"{one['error']:10.2f}" for one in found), flush=True)
+        print_row(args.model or args.features, layer, *(one["error"] for one in found))
         records += [dict(layer=layer) | one for one in found]
-    for one in found:
-        print(*(f"{name} {value}" for name, value in one.items() if name not in ("error", "note")),
-              sep=", ")
-    if found[0]["note"]:
-        print(f"note: {found[0]['note']}", file=sys.stderr)
+    print("\n".join(str(one) for one in found))
     if args.out:
         write_json(args.out, records)
 
@@ -854,13 +801,11 @@ def read_phones(path):
 
 
 def run_quality(args):
-    (header, units), phones = read_units(args.units), read_phones(args.alignments)
-    found = quality(units, phones, header["codewords"])
-    print(f"units of layer {header['layer']} of {header['model']}, "
-          f"{len(units.keys() & phones.keys())} files")
-    notes = {"bitrate": " bit/s", "active": f" of {header['codewords']}"}
+    header, units = read_units(args.units)
+    found = quality(units, read_phones(args.alignments), header["codewords"])
+    print(f"units of layer {header['layer']} of {header['model']}; bitrate in bit/s")
     for name, value in found.items():
-        print(f"{name:>15} {value:10.3f}{notes.get(name, '')}")
+        print_row(name, float(value))
     if args.out:
         write_json(args.out, header | found)
 
@@ -874,7 +819,7 @@ class LMOptions(RunOptions):
 
     out: str = option("runs/lm", "the run's folder")
     units: str = option("", "the file of units to learn from, as 'units' writes it")
-    valid: str = option("", "another, to report the loss on")
+    valid: str = option("", "another, to report the loss on, a mean over its recordings")
     layers: int = option(12, "of the Transformer")
     dim: int = option(768, "its width")
     heads: int = option(12, "of attention")
@@ -890,14 +835,13 @@ class LMOptions(RunOptions):
     eps: float = option(1e-8, "AdamW's")
     weight_decay: float = option(0.1, "AdamW's, on everything")
     clip: float = option(1.0, "largest norm of the gradient")
-    log_every: int = option(50, "steps between records in metrics.jsonl")
     save_every: int = option(500, "steps between checkpoints (last.pt)")
     keep_every: int = option(0, "steps between checkpoints that are kept (step_N.pt)")
 
 
 LM_PRESETS = {"opt125m": {}, "tiny": dict(
     layers=2, dim=128, heads=4, context=128, steps=2_000, batch_tokens=1_024, lr=3e-3,
-    warmup_steps=200, decay_steps=1_800, log_every=100, save_every=500)}
+    warmup_steps=200, decay_steps=1_800)}
 
 
 def lm_batch(sequences, boundary, o, number):
@@ -930,21 +874,13 @@ def lm_step(lm, optimizer, micro_batches, lr, o, place):
     return move(optimizer, gradients, count, lr, o) | {"loss": loss / count}
 
 
-def mean_loss(lm, sequences, place):
-    """The mean of -log p(unit) over a validation set, of which each rank takes its share."""
-    found = [log_likelihood(lm.eval(), x) for x in sequences[place.rank :: place.world]]
-    sums = torch.tensor(found).view(-1, 2).sum(0).to(place.device, torch.float32)
-    total, count = all_sum([sums])[0]
-    return -total / count
-
-
 def train_lm(arguments):
     # ======== options, setup ========
     o, _ = parse_options(LMOptions, LM_PRESETS, argv=arguments)
     require(o.units, "lm needs --units, a file that 'evaluate.py units' writes")
-    for name in "steps layers dim heads context accumulate log_every save_every lr clip".split():
-        require(getattr(o, name) > 0, f"--{name.replace('_', '-')} {getattr(o, name)}: positive")
-    require(o.dim % o.heads == 0 and 0 <= o.dropout < 1, "dim is a multiple of heads, dropout < 1")
+    counts = o.layers, o.dim, o.heads, o.context, o.steps, o.accumulate, o.log_every, o.save_every
+    require(min(counts) > 0 and o.dim % o.heads == 0 and 0 <= o.dropout < 1,
+            "lm: sizes and steps are positive, dim is a multiple of heads, dropout under 1")
     place = setup(o)
     torch.manual_seed(o.seed)
 
@@ -959,7 +895,7 @@ def train_lm(arguments):
 
     # ======== resume ========
     about = header | dict(utterances=len(units), tokens=sum(map(len, sequences)))
-    checkpoint = open_run(o, about, lm, place)
+    checkpoint = open_run(o, lm, place, about=about)
     first, totals = resume(checkpoint, lm, optimizer)
     if first >= o.steps:
         return finished(o, place)
@@ -975,7 +911,7 @@ def train_lm(arguments):
         stopping = stop.agreed(done)
         saving = stopping or done % o.save_every == 0 or is_kept(done, o)
         if saving and valid:
-            log.add({"valid_loss": mean_loss(lm, valid, place)})
+            log.add({"valid_loss": -torch.tensor([score_units(lm, x) for x in valid]).mean()})
         if saving or done % o.log_every == 0:
             log.write(done)
         if saving:
@@ -983,18 +919,17 @@ def train_lm(arguments):
         if stopping and done < o.steps:
             leave(place, done)
     if place.first:
-        print(f"{o.out}: {o.steps} steps on {len(units)} utterances, {about['tokens']} units "
-              f"without repetitions; loss {log.record['loss']:.3f}")
+        print(f"{o.out}: {o.steps} steps, loss {log.record['loss']:.3f}")
         print(f"next: python evaluate.py swuggy --lm {o.out} --model {header['model']} --data DIR")
 
 
 def load_lm(path, device=DEVICE):
+    """The language model, and the header of the units that it was trained on."""
     path, checkpoint = spidr.read_checkpoint(path)
     require("lm" in checkpoint and "units" in checkpoint,
             f"{path}: not a language model; 'evaluate.py lm' trains one")
     lm = spidr.load_state(UnitLM(**checkpoint["lm"]), checkpoint["model"], path)
-    lm.units = checkpoint["units"]
-    return lm.eval().to(device)
+    return lm.eval().to(device), checkpoint["units"]
 
 
 # ======== the verbs swuggy, sblimp, tsc ========
@@ -1002,62 +937,64 @@ def load_lm(path, device=DEVICE):
 # The folder that a task has in ZeroSpeech, and the column of gold.csv that groups its pairs. A task
 # without one has no gold.csv, but ID_correct.wav and ID_incorrect.wav.
 TASKS = {"swuggy": ("lexical", "frequency"), "sblimp": ("syntactic", "type"), "tsc": ("tsc", None)}
+# ZeroSpeech's bands of how often a word occurs in LibriSpeech, with the largest count of each.
+BANDS = {"oov": 0, "1 to 5": 5, "6 to 20": 20, "21 to 100": 100, "above 100": math.inf}
 
 
-def groups_of(column, text, where):
-    """What a pair counts in: all, and its type, or ZeroSpeech's band of its word's frequency."""
+def groups_of(column, row):
+    """What a pair counts in: all, and its type, or the band of its word's frequency."""
     if column == "type":
-        return ["all", f"type {text}"]
-    try:
-        count = 0.0 if text.strip().lower() == "oov" else float(text)
-    except ValueError:
-        count = -1.0
-    require(0 <= count < math.inf, f"{where}: frequency is {text!r}, neither a number nor oov")
-    bands = {"oov": 0, "1 to 5": 5, "6 to 20": 20, "21 to 100": 100, "above 100": math.inf}
-    band = next(f"frequency {name}" for name, most in bands.items() if count <= most)
-    return ["all", band, "in vocabulary"] if count else ["all", band]
+        return ["all", f"type {row['type']}"]
+    if column is None:
+        return ["all"]
+    count = 0 if row["frequency"] == "oov" else float(row["frequency"])
+    band = next(name for name, most in BANDS.items() if 0 <= count <= most)
+    return ["all", f"frequency {band}"] + ["in vocabulary"] * (count > 0)
 
 
-def read_sides(folder, column):
-    """The sides of a task's pairs."""
-    if not column:
-        ends = "_correct", "_incorrect"
-        return [Side(path.stem.removesuffix(end), "", end == ends[0], path.stem, ["all"], path)
-                for end in ends for path in sorted(folder.glob(f"*{end}.wav"))]
-    sides, path = [], folder / "gold.csv"
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file, restval="")
-        missing = {"id", "filename", "voice", "correct", column} - set(reader.fieldnames or [])
-        require(not missing, f"{path}:1: the header has no column {', '.join(sorted(missing))}")
-        for row in reader:
-            where, name = f"{path}:{reader.line_num}", row["filename"].removesuffix(".wav")
-            data.file_name(name, where)
-            correct = row["correct"]
-            require(correct in ("0", "1"), f"{where}: correct is {correct!r}, not 0 or 1")
-            groups = groups_of(column, row[column], where)
-            sides.append(Side(row["id"], row["voice"], correct == "1", name, groups, where))
-    return sides
+def read_pairs(folder, column):
+    """{pair: (groups, {voice: (files of its wrong side, files of its right side)})}"""
+    path, pairs = folder / "gold.csv", {}
+    if column:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            rows = list(csv.DictReader(file, restval=""))
+    else:
+        names = [file.stem for file in sorted(folder.glob("*_*correct.wav"))]
+        rows = [dict(id=name.rpartition("_")[0], voice="", filename=name,
+                     correct=str(int(name.endswith("_correct")))) for name in names]
+    for number, row in enumerate(rows, 2):
+        try:
+            groups, voices = pairs.setdefault(row["id"], (groups_of(column, row), {}))
+            sides = voices.setdefault(row["voice"], ([], []))
+            side = sides[{"0": 0, "1": 1}[row["correct"]]]
+            side.append(row["filename"].removesuffix(".wav"))
+        except (KeyError, ValueError, StopIteration) as error:
+            raise InputError(f"{path}:{number}: id, filename, voice, correct (0 or 1) and "
+                             f"{column} are needed: {error!r}") from None
+    require(pairs, f"{folder}: no pairs")
+    for pair, (_, voices) in pairs.items():
+        require(all(map(all, voices.values())), f"{folder}: a side of pair {pair} is missing")
+    return pairs
 
 
-def units_of_sides(args, lm, folder, sides):
-    """{file: units} of what the sides name, made as those that the language model learnt from."""
-    wanted = {side.file: side.where for side in sides}
+def units_of_files(args, header, folder, names):
+    """{name: units}, made as those were that the language model learnt from."""
     if args.units:
-        units = read_units(args.units, like=lm.units)[1]
-        for name, where in wanted.items():
-            require(name in units, f"{where}: {name}: not in {args.units}")
-        return {name: units[name] for name in wanted}
+        units = read_units(args.units, like=header)[1]
+        for name in names:
+            require(name in units, f"{args.units}: no units of {name}")
+        return units
     rows = []
-    for name, where in wanted.items():
-        path = str(folder / f"{name}.wav")
+    for name in names:
+        path = str(folder / f"{data.file_name(name, folder)}.wav")
         samples, problem = data.inspect(path, FIELD)
-        require(not problem, f"{where}: {path}: {problem}")
-        rows.append(data.Row(name, path, samples, where=where))
+        require(not problem, f"{path}: {problem}")
+        rows.append(data.Row(name, path, samples))
     encoder = load_encoder(args.model)
-    layer = encoder.layer(lm.units["layer"], units=True)
-    require(encoder.hash == lm.units["hash"], f"--model {args.model}: other weights than those of "
-            f"{lm.units['model']}, on whose units --lm {args.lm} was trained")
-    return {name: x.numpy() for name, (x,) in extract(rows, encoder.units, [layer])}
+    layer = encoder.layer(header["layer"], units=True)
+    require(encoder.hash == header["hash"], f"--model {args.model}: other weights than those of "
+            f"{header['model']}, on whose units --lm {args.lm} was trained")
+    return {name: x.numpy() for name, (x,) in extract(rows, encoder, [layer], units=True)}
 
 
 def run_pairs(args):
@@ -1065,255 +1002,207 @@ def run_pairs(args):
             f"{args.verb} takes --model, or --units of the wav files")
     task, column = TASKS[args.verb]
     folder = Path(args.data, "dev") if Path(args.data, "dev").is_dir() else Path(args.data)
-    lm, sides = load_lm(args.lm), read_sides(folder, column)
-    require(sides, f"{folder}: no pairs")
-    pair_accuracy(sides, {side.file: 0 for side in sides})  # a missing side is told before the work
-    units = units_of_sides(args, lm, folder, sides)
-    scores = {name: score_units(lm, x) for name, x in units.items()}
-    results = accuracies(sides, scores)
-    print(f"{args.verb}, {args.lm}, units of layer {lm.units['layer']} of {lm.units['model']}")
-    print(f"{'':20} accuracy, %   pairs")
+    (lm, header), pairs = load_lm(args.lm), read_pairs(folder, column)
+    names = sorted({name for _, voices in pairs.values() for sides in voices.values()
+                    for side in sides for name in side})
+    units = units_of_files(args, header, folder, names)
+    scores = {name: score_units(lm, units[name]) for name in names}
+    results = accuracies(pairs, scores)
+    print_row(f"{args.verb} by {args.lm}", "accuracy, %", "pairs")
     for group, found in results.items():
-        print(f"{group:20} {found['accuracy']:11.2f} {found['pairs']:7}")
+        print_row(group, found["accuracy"], found["pairs"])
     if args.out:
         path = Path(args.out, task, "dev.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{name} {scores[name]:.6f}\n" for name in sorted(scores)))
-        write_json(Path(args.out, f"{args.verb}.json"),
-                   dict(lm=args.lm, **lm.units, results=results))
+        path.write_text("".join(f"{name} {scores[name]:.6f}\n" for name in names))
+        write_json(Path(args.out, f"{args.verb}.json"), dict(lm=args.lm, **header, results=results))
     return results
 
 
 # ======== the verb toy, and the report ========
 
 
-def toy_abx(encoder, toy, layers):
-    """[layers, 4]: ABX errors on the toy world, a few tokens a cell: the mean of the unseen
-    languages within and across speakers, then a seen language within and across."""
-    errors = []
-    for language in [*data.TARGETS, data.EVAL_SOURCES[0]]:
-        rows = data.read_manifest(toy / "eval" / f"{language}.csv")
-        items = toy / "eval" / f"{language}.item"
-        found = dict(extract(rows, encoder.encode, layers))
-        errors.append([])
-        for n in range(len(layers)):
-            features = {file: outputs[n] for file, outputs in found.items()}
-            errors[-1].append([abx(features, items, speaker, max_size_group=5, max_x_across=2)
-                               for speaker in ("within", "across")])
-    return np.hstack([np.mean(errors[:-1], 0), errors[-1]])
-
-
-def toy_table(toy, encoders, layer=None, all_layers=False):
-    """A line for each of {name: encoder}, at one layer that is fixed beforehand. -> {name: errors}
-    as of toy_abx, of that layer or of all."""
-    print(f"{'ABX error, %':24} layer  unseen: within  across    seen: within  across")
-    errors = {}
+def toy_table(toy, encoders, layer=None, every=False):
+    """ABX on the toy world, a few tokens a cell, of one layer that is fixed beforehand, or of every
+    layer. -> {encoder: [layers, 4]}: the mean of the unseen languages within and across speakers,
+    then a seen language within and across."""
+    print_row("ABX error, %", "layer", "unseen: within", "across", "seen: within", "across")
+    tables = {}
     for name, encoder in encoders.items():
-        one = encoder.layer(layer if encoder.codebooks else None)
-        layers = list(range(1, encoder.layers + 1)) if all_layers else [one]
-        errors[name] = toy_abx(encoder, toy, layers)
-        shown = "{:16.2f} {:7.2f} {:15.2f} {:7.2f}".format(*errors[name][layers.index(one)])
-        print(f"{name:24} {one:>5}{shown}", flush=True)
-    return errors
+        layers, errors = [encoder.layer(layer if encoder.codebooks else None)], []
+        if every:
+            layers = range(1, encoder.layers + 1)
+        for language in [*data.TARGETS, data.EVAL_SOURCES[0]]:
+            rows = data.read_manifest(toy / "eval" / f"{language}.csv")
+            found, items = dict(extract(rows, encoder, layers)), toy / "eval" / f"{language}.item"
+            errors.append([])
+            for n in range(len(layers)):
+                features = {file: outputs[n] for file, outputs in found.items()}
+                errors[-1].append([abx(features, items, speaker, max_size_group=5, max_x_across=2)
+                                   for speaker in ("within", "across")])
+        tables[name] = np.hstack([np.mean(errors[:-1], 0), errors[-1]])
+        for number, line in zip(layers, tables[name]):
+            print_row(name, number, *line)
+    return tables
 
 
 def toy_encoders(runs):
     """MFCC, if torchaudio loads, and the runs {name: folder}."""
-    encoders = {}
+    encoders = {name: load_encoder(run) for name, run in runs.items()}
     try:
         data.import_torchaudio("the MFCC baseline")
-        encoders["mfcc"] = load_encoder("mfcc")
     except InputError as error:
         print(error)
-    return encoders | {name: load_encoder(folder) for name, folder in runs.items()}
+        return encoders
+    return {"mfcc": load_encoder("mfcc")} | encoders
 
 
 def options_of(run):
-    try:
-        return json.loads(Path(run, "config.json").read_text())["options"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # not a run of ours
+    return json.loads(Path(run, "config.json").read_text()).get("options", {})
 
 
 def run_toy(args):
     toy = options_of(args.runs[0]).get("toy")
-    require(toy, f"{args.runs[0]}: not a run's folder with a config.json that names its toy world")
+    require(toy, f"{args.runs[0]}: its config.json names no toy world")
     data.toy(toy, ["eval"])
-    toy_table(Path(toy), toy_encoders({path: path for path in args.runs}), args.layer)
+    toy_table(Path(toy), toy_encoders({run: run for run in args.runs}), args.layer)
 
 
-def newest_runs(folder="runs"):
-    """{"stage: folder": folder} of each stage's newest run on the toy world that has weights."""
-    found = {}
+def newest_runs(folder):
+    """{stage: folder} of each stage's newest run on the toy world that has weights."""
+    found = dict.fromkeys(("pretrain", "meta", "adapt"))
     for path in sorted(Path(folder).glob("*/last.pt"), key=lambda path: path.stat().st_mtime):
-        options = options_of(path.parent)
-        if options.get("toy") and not options.get("manifest") and not options.get("audio"):
-            stage = "meta" if "method" in options else "pretrain"
-            found["adapt" if "budget" in options else stage] = path.parent
-    require(found, f"{folder}: no run on the toy world; 'python pretrain.py' makes one")
-    stages = [stage for stage in ("pretrain", "meta", "adapt") if stage in found]
-    return {f"{stage}: {found[stage]}": found[stage] for stage in stages}
+        o = options_of(path.parent)
+        if o.get("toy") and not o.get("manifest") and not o.get("audio"):
+            stage = "adapt" if "budget" in o else "meta" if "method" in o else "pretrain"
+            found[stage] = path.parent
+    runs = {f"{stage}: {run}": run for stage, run in found.items() if run}
+    require(runs, f"{folder}: no run on the toy world; 'python pretrain.py' makes one")
+    return runs
 
 
 def report(out="runs"):
     """Without a verb: the newest run of each stage on the toy world. The first time it trains a
     language model too, on the units of the first of them."""
-    began, runs = time.time(), newest_runs(out)
-    name, path = next(iter(runs.items()))
-    toy = data.toy(options_of(path)["toy"], ["eval", "lm"])
-    torch.manual_seed(options_of(path)["seed"])
-    fresh = spidr.SpidR(spidr.read_config(path / "config.json")).eval()
+    runs, language = newest_runs(out), data.LM_LANGUAGE
+    name, run = next(iter(runs.items()))
+    toy = data.toy(options_of(run)["toy"], ["eval", "lm"])
+    torch.manual_seed(options_of(run)["seed"])
+    fresh = spidr.SpidR(spidr.read_config(run / "config.json")).eval()
     encoders = {"untrained": spidr_encoder("untrained", fresh)} | toy_encoders(runs)
-    errors = toy_table(toy, encoders, all_layers=True)
+    tables = toy_table(toy, encoders, every=True)
 
-    language = data.LM_LANGUAGE
-    print(f"\nunits, {language}")
+    print(f"\nquality of units, {language}")
     rows = data.read_manifest(toy / "eval" / f"{language}.csv")
     phones, found = read_phones(toy / "eval" / f"{language}_alignments.csv"), {}
     for encoder in (encoder for encoder in encoders.values() if encoder.codebooks):
-        layer = encoder.layer(units=True)
-        units = {file: x.numpy() for file, (x,) in extract(rows, encoder.units, [layer])}
+        units = extract(rows, encoder, [encoder.layer(units=True)], units=True)
+        units = {file: x.numpy() for file, (x,) in units}
         found[encoder.name] = quality(units, phones, encoder.codewords)
-        shown = (f"{key} {x:.3g}" for key, x in found[encoder.name].items())
-        print(f"{encoder.name:24} layer {layer}", *shown)
+        print(encoder.name, *(f"{key} {x:.3g}" for key, x in found[encoder.name].items()))
 
-    layer, train = encoders[name].layer(units=True), str(toy / "lm" / "train.csv")
-    units, lm = (f"{out}/{kind}_{encoders[name].hash}_{layer}" for kind in ("units", "lm"))
-    units += ".jsonl"
+    units, lm = (f"{out}/{kind}_{encoders[name].hash}" for kind in ("units", "lm"))
     if not Path(units).exists():
-        write_units(parse(["units", "--model", str(path), "--audio", train, "--layer", str(layer),
-                           "--out", units]))
+        audio = str(toy / "lm" / "train.csv")
+        write_outputs(parse(["units", "--model", str(run), "--audio", audio, "--out", units]))
     train_lm(["--preset", "tiny", "--units", units, "--out", lm])
     pairs = {}
     for task, (folder, _) in TASKS.items():
-        print()
-        pairs[task] = run_pairs(parse([task, "--lm", lm, "--model", str(path),
-                                       "--data", str(toy / "lm" / folder)]))
-    draw_report(Path(out) / "report.svg", errors, runs)
-    tables = {name: table.tolist() for name, table in errors.items()}
-    write_json(Path(out) / "report.json", dict(abx=tables, quality=found, pairs=pairs))
-    print(f"\n{out}/report.json, {out}/report.svg; {time.time() - began:.0f} s")
+        where = ["--model", str(run), "--data", str(toy / "lm" / folder)]
+        pairs[task] = run_pairs(parse([task, "--lm", lm, *where]))
+    write_svg(f"{out}/report.svg", report_plots(tables, runs))
+    tables = {name: table.tolist() for name, table in tables.items()}
+    write_json(f"{out}/report.json", dict(abx=tables, quality=found, pairs=pairs))
+    print(f"\n{out}/report.json, {out}/report.svg")
 
 
-def draw_report(path, errors, runs):
+def report_plots(tables, runs):
     """ABX on unseen languages by layer, and three curves of each run's training."""
-    deepest = max(map(len, errors.values()))
-    lines = {name: list(enumerate(np.resize(table[:, 1], deepest), 1))  # MFCC: a level line
-             for name, table in errors.items()}
-    plots = [("unseen languages: ABX across, %, by layer", lines)]
-    logs = {name: [json.loads(line) for line in open(run / "metrics.jsonl")
-                   if step_of(line) < math.inf] for name, run in runs.items()}
+    deepest = max(map(len, tables.values()))
+    plots = {"ABX across on unseen languages, by layer": {  # MFCC is a level line
+        name: list(enumerate(np.resize(table[:, 1], deepest), 1))
+        for name, table in tables.items()}}
     for key in ("loss", "target_ppl", "phone_accuracy"):
-        lines = {name: [(r["step"], r[key]) for r in log if r.get(key) is not None]
-                 for name, log in logs.items()}
-        plots.append((f"{key}, by step", {name: line for name, line in lines.items() if line}))
-    write_svg(path, [(title, lines) for title, lines in plots if lines])
+        curves = plots[f"{key}, by step"] = {}
+        for name, run in runs.items():
+            records = [json.loads(line) for line in open(run / "metrics.jsonl")
+                       if step_of(line) < math.inf]
+            curves[name] = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    return plots
 
 
-def write_svg(path, plots, ticks=None):
-    """Plots [(title, {name: [(x, y)]})] side by side. ticks {x: text} stand below the axis; without
-    them its two ends do."""
-    palette = ("#888", "#c93", "#36c", "#393", "#a3a", "#c33")
-    colours, shapes = {}, ['<rect width="100%" height="100%" fill="white"/>']
-    for i, (title, lines) in enumerate(plots):
-        xs, ys = zip(*(point for line in lines.values() for point in line))
-        x0, y0 = min(xs), min(ys)
-        wide, high = (max(xs) - x0 or 1) / 265, (max(ys) - y0 or 1) / 160  # a pixel
-        shapes += [f'<g transform="translate({330 * i + 45} 30)"><text y="-12">{title}</text>',
-                   '<path d="M0 -4V164H267" fill="none" stroke="black"/>']
-        for y, at in ((max(ys), 4), (y0, 163)):
-            shapes.append(f'<text x="-4" y="{at}" text-anchor="end">{y:.3g}</text>')
-        for x, text in (ticks or {x: f"{x:g}" for x in (x0, max(xs))}).items():
-            at = (x - x0) / wide
-            shapes.append(f'<text x="{at:.1f}" y="178" text-anchor="middle">{text}</text>')
+def write_svg(path, plots):
+    """Plots {title: {name: [(x, y)]}} side by side, with the ends of both axes below."""
+    colours = ("#888", "#c93", "#36c", "#393", "#a3a", "#c33")
+    names = [name for lines in plots.values() for name in lines]
+    size = f'width="{330 * len(plots)}" height="300" font-family="sans-serif" font-size="11"'
+    shapes = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="background:white">']
+    for i, (title, lines) in enumerate(plots.items()):
+        points = [point for line in lines.values() for point in line] or [(0, 0)]
+        least, most = np.min(points, 0), np.max(points, 0)
+        ends = f"from {least[0]:g} to {most[0]:g}; {least[1]:.3g} to {most[1]:.3g}"
+        shapes.append(f'<g transform="translate({330 * i + 20} 30)"><text y="-12">{title}</text>'
+                      f'<text y="180">{ends}</text>'
+                      '<path d="M0 0V164H280" fill="none" stroke="black"/>')
         for n, (name, line) in enumerate(lines.items()):
-            colour = colours.setdefault(name, palette[len(colours) % len(palette)])
-            points = " ".join(f"{(x - x0) / wide:.1f},{160 - (y - y0) / high:.1f}" for x, y in line)
-            shapes += [f'<polyline points="{points}" fill="none" stroke="{colour}"/>',
-                       f'<text y="{194 + 13 * n}" fill="{colour}">{name}</text>']
+            places = (np.array(line or points[:1]) - least) / np.maximum(most - least, 1e-9)
+            drawn = " ".join(f"{280 * x:.1f},{160 - 160 * y:.1f}" for x, y in places)
+            colour = colours[names.index(name) % len(colours)]  # the same in every plot
+            shapes.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}"/>'
+                          f'<text y="{196 + 13 * n}" fill="{colour}">{name}</text>')
         shapes.append("</g>")
-    size = f'width="{330 * len(plots)}" height="290" font-family="sans-serif" font-size="11"'
-    shapes = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *shapes, "</svg>\n"]
-    Path(path).write_text("\n".join(shapes))
+    Path(path).write_text("\n".join([*shapes, "</svg>\n"]))
 
 
 # ======== the verb compare ========
 
 
-class Score(NamedTuple):
-    """An ABX error across speakers, in percent."""
-
-    name: str  # of the model that was adapted, and how
-    layer: int
-    amount: str  # of audio that it was adapted to: none, 10min, ..., all; or any
-    seed: int
-    language: str
-    error: float
+def read_scores(path):
+    """Yields (model, layer, amount of audio, seed, language, ABX error across speakers) of a run of
+    adapt.py, or of NAME<seed>-LANGUAGE.json by 'abx --out', of a model that was not adapted."""
+    if path.suffix == ".json":
+        name, _, language = path.stem.rpartition("-")
+        seed, method, files = name, "full", {"none": path}
+    else:
+        o = options_of(path)
+        require("budget" in o, f"{path}: no run of adapt.py")
+        name = Path(o["init"]).parent.name if o["init"].endswith(".pt") else Path(o["init"]).name
+        language, seed, method = o["items"] or o["language"], o["seed"], o["method"]
+        files = {"none": path / "abx_before.json", o["budget"] or "all": path / "abx_after.json"}
+    name = name.rstrip("0123456789") + f", {method}" * (method != "full")
+    for amount, file in files.items():
+        for record in json.loads(file.read_text()):
+            if record["speaker"] == "across":
+                yield name, record["layer"], amount, seed, language, record["error"]
 
 
 def seconds_of(amount):
-    return data.parse_seconds(amount) if amount[0].isdigit() else {"none": 0}.get(amount, math.inf)
-
-
-def read_scores(path):
-    """Of a run of adapt.py, or of NAME<seed>-<language>.json by 'abx --out', which stands for a
-    model that was not adapted: the same error with any amount."""
-    try:
-        if path.suffix == ".json":
-            name, language = path.stem.split("-")
-            o, files = dict(init=name, method="full", seed=name, items=language), {"any": path}
-        else:
-            o = json.loads((path / "config.json").read_text())["options"]
-            amount = o["budget"] or "all"
-            files = {"none": path / "abx_before.json", amount: path / "abx_after.json"}
-        init = Path(o["init"])
-        name = (init.parent if init.suffix == ".pt" else init).name.rstrip("0123456789")
-        name += f", {o['method']}" if o["method"] != "full" else ""
-        return [Score(name, r["layer"], amount, o["seed"], o["items"] or o["language"], r["error"])
-                for amount, file in files.items() for r in json.loads(file.read_text())
-                if r["speaker"] == "across"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no ABX there, as 'adapt.py --items' or 'abx --out "
-                         f"NAME-LANGUAGE.json' write it: {error}") from None
-
-
-def mean_by(scores, *fields):
-    """{the fields' values: the mean error of the scores that share them}"""
-    groups = defaultdict(list)
-    for score in dict.fromkeys(scores):  # what was adapted twice was measured twice before
-        groups[tuple(getattr(score, field) for field in fields)].append(score.error)
-    return {key: np.mean(errors) for key, errors in groups.items()}
+    ends = {"none": 0, "all": math.inf}
+    return ends[amount] if amount in ends else data.parse_seconds(amount)
 
 
 def compare(args):
-    """A line for each model that was adapted, by amount of audio: the mean and the spread over
-    seeds of the mean over languages."""
-    scores = [score for path in args.runs for score in read_scores(Path(path))]
-    amounts = sorted({score.amount for score in scores} - {"any"} | {"none"}, key=seconds_of)
-    scores = [score._replace(amount=amount) for score in scores for amount in amounts
-              if score.amount in (amount, "any")]
-    require(scores, "no ABX across speakers in these files")
-    adapted = [score for score in scores if score.amount != "none"]
-    after = mean_by(adapted or scores, "name", "layer")
+    """A line for each model that was adapted and each layer, by amount of audio: the mean and the
+    spread over seeds of the mean over languages."""
+    errors = defaultdict(lambda: defaultdict(dict))
+    for path in args.runs:
+        for name, layer, amount, seed, language, error in read_scores(Path(path)):
+            if layer == args.layer or not args.layer:
+                errors[name, layer, amount][seed][language] = error
+    require(errors, "no ABX across speakers of that layer in these files")
+    amounts = sorted({amount for _, _, amount in errors}, key=seconds_of)
+    print_row("ABX across, %", "layer", *amounts)
     lines = {}
-    columns = "".join(f"{amount:>14}" for amount in amounts)
-    print(f"{'adapted from':24} layer{columns}   ABX across, %")
-    for name in sorted({score.name for score in scores}):
-        layers = sorted({score.layer for score in scores if score.name == name})
-        layer = args.layer or min(layers, key=lambda layer: after.get((name, layer), math.inf))
-        require(layer in layers, f"--layer {layer}: {name} has layers {layers}")
-        chosen = [score for score in scores if (score.name, score.layer) == (name, layer)]
-        by_seed, shown, lines[name] = mean_by(chosen, "amount", "seed"), "", []
+    for name, layer in sorted({key[:2] for key in errors}):
+        cells, line = [], lines.setdefault(f"{name}, layer {layer}", [])
         for i, amount in enumerate(amounts):
-            errors = [error for (of, _), error in by_seed.items() if of == amount]
-            if errors:
-                lines[name].append((i, np.mean(errors)))
-            text = f"{np.mean(errors):.2f} ±{np.std(errors):5.2f}" if errors else ""
-            shown += f"{text:>14}"
-        print(f"{name:24} {layer:>5}{shown}")
+            seeds = errors.get((name, layer, amount), {}).values()
+            means = [fmean(languages.values()) for languages in seeds]
+            cells.append(f"{np.mean(means):.2f} ±{np.std(means):5.2f}" if means else "")
+            line += [(i, np.mean(means))] if means else []
+        print_row(name, layer, *cells)
     if args.out:
-        write_svg(args.out, [("ABX across, %, by audio to adapt to", lines)],
-                  dict(enumerate(amounts)))
+        write_svg(args.out, {f"ABX across, {', '.join(amounts)}": lines})
 
 
 # ======== command line ========
@@ -1329,15 +1218,13 @@ OPTIONS = {
     "runs": dict(nargs="+", help="folders; for compare also NAME-LANGUAGE.json of 'abx --out'"),
     "--model": dict(help=f"a run's folder, a checkpoint, or {', '.join(BASELINES)}"),
     "--audio": dict(help="a folder of audio, a manifest or one file"),
-    "--features": dict(help="a folder of .npy or .pt files [T, D], instead of model and audio"),
+    "--features": dict(help="a folder of .npy files [T, D], instead of model and audio"),
     "--items": dict(help="an item file"),
     "--units": dict(help="as 'units' writes them; of pairs' wav files: instead of --model"),
     "--alignments": dict(help="CSV fileid,phones,language: a phone every 10 ms"),
     "--lm": dict(help="a run's folder or a checkpoint of 'lm'"),
     "--data": dict(help="wav files and gold.csv, for tsc ID_correct.wav and ID_incorrect.wav"),
-    "--layer": dict(type=positive, help="from 1 [the second that has a codebook; compare: best]"),
-    "abx --layer": dict(type=lambda text: text if text == "all" else positive(text), default="all",
-                        help="from 1 [all]"),
+    "--layer": dict(type=positive, help="from 1 [the second with a codebook; abx, compare: all]"),
     "--longest": dict(type=positive, default=60, help="seconds; above them in windows [60]"),
     "--speaker": dict(choices=["within", "across", "both"], default="both"),
     "--context": dict(choices=["within", "any"], default="within"),
@@ -1347,32 +1234,30 @@ OPTIONS = {
     "--seed": dict(type=int, default=0, help="of that choice [0]"),
     "--out": dict(help="a folder; units: JSONL, abx and quality: JSON, compare: an SVG file"),
 }
-
-VERBS = {  # the function, what it does, its options: those with ! are needed
-    "toy": (run_toy, "ABX of runs on the toy world, quickly", "runs --layer"),
-    "features": (write_features, "writes a layer's frames", "--model! --audio! --out! --layer "
-                 "--longest"),
-    "units": (write_units, "writes units", "--model! --audio! --out! --layer --longest"),
-    "abx": (run_abx, "ABX error by layer", "--items! --model --audio --features --layer --longest "
-            "--speaker --context --distance --max-size-group --max-x-across --seed --out"),
-    "quality": (run_quality, "how well units stand for phones", "--units! --alignments! --out"),
-    "lm": (None, "trains a language model on units; its options: evaluate.py lm --help", ""),
-    **{task: (run_pairs, f"a language model's accuracy on the pairs of {task}",
-              "--lm! --data! --model --units --out") for task in TASKS},
-    "compare": (compare, "adapted runs side by side", "runs --layer --out"),
+# Each verb's function and options; those with ! are needed.
+OUTPUTS = write_outputs, "--model! --audio! --out! --layer --longest"
+PAIRS = run_pairs, "--lm! --data! --model --units --out"
+VERBS = {
+    "toy": (run_toy, "runs --layer"),
+    "features": OUTPUTS, "units": OUTPUTS,
+    "abx": (run_abx, "--items! --model --audio --features --layer --longest --speaker --context "
+                     "--distance --max-size-group --max-x-across --seed --out"),
+    "quality": (run_quality, "--units! --alignments! --out"),
+    "lm": (None, ""),
+    **dict.fromkeys(TASKS, PAIRS),
+    "compare": (compare, "runs --layer --out"),
 }
 
 
 def parse(arguments=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", metavar="verb")
-    for verb, (function, summary, options) in VERBS.items():
-        command = verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
+    for verb, (function, options) in VERBS.items():
+        command = verbs.add_parser(verb, allow_abbrev=False)
         command.set_defaults(function=function)
         for option in options.split():
-            name, needed = option.rstrip("!"), {"required": True} if option.endswith("!") else {}
-            command.add_argument(name, **OPTIONS.get(f"{verb} {name}", OPTIONS[name]), **needed)
+            needed = {"required": True} if option.endswith("!") else {}
+            command.add_argument(option.rstrip("!"), **OPTIONS[option.rstrip("!")], **needed)
     return parser.parse_args(arguments)
 
 

@@ -12,7 +12,8 @@ meta-update, and in it for each worker, an episode on one task, some hours of on
 
     theta_0 = phi, with fresh codebooks and heads                           (11) active forgetting
     theta_M         after M self-supervised steps, the inner loop
-    theta_{M+N}     after N more steps, which are supervised: the outer loop
+    theta_{M+N}     after N more steps, which are supervised: the outer loop, on any labelled
+                    audio of the language
     phi <- phi + beta * mean over workers of (theta_{M+N} - theta_M)        (8)  FOBLO
     phi <- phi + beta * mean over workers of (theta_{M+N} - phi)            (9)  Reptile
 
@@ -81,7 +82,7 @@ PRESETS = {
     "tiny": pretrain.TINY | dict(
         workers=2, updates=10, inner_steps=20, outer_steps=10, beta=1.0, lr=1e-3, lr_floor=0.05,
         warmup_steps=30, hold_steps=135, decay_steps=135, ramp_steps=6, batch_samples=256_000,
-        chunk_seconds=240.0, layer_drop=0.0, supervised_layer=3),
+        max_samples=128_000, log_every=50, chunk_seconds=240.0, layer_drop=0.0, supervised_layer=3),
 }
 
 
@@ -97,7 +98,8 @@ def make_tasks(rows, o, draw):
         members = [members[i] for i in order]
         seconds = np.array([row.num_samples / data.SAMPLE_RATE for row in members])
         chunks, rest = divmod(seconds.sum(), o.chunk_seconds)
-        # A remainder as long as the longest recording holds one, whatever their order.
+        # A remainder as long as the longest recording always contains the start of one, so that
+        # no chunk is empty.
         chunks = max(1, int(chunks) + (rest >= max(o.chunk_min_seconds, seconds.max())))
         starts = np.cumsum(seconds) - seconds
         chunk_of = np.minimum(starts // o.chunk_seconds, chunks - 1)
@@ -112,12 +114,12 @@ def make_tasks(rows, o, draw):
 
 def forget(model, micro_batches, o, team, episode_seed, step_seed):
     """Fresh codebooks and heads, the same on all ranks of the worker. Then each head is fitted to
-    the labels of its fresh codebook, on what the student gives in the very forward pass, dropout
-    included, that the first step is about to make."""
+    the labels of its fresh codebook, at what the student makes of the first step's batches with
+    the first step's dropout."""
     seed_step(*episode_seed)
     for codebook, head in zip(model.codebooks, model.heads):
-        codebook.reset()
-        head[0].reset_parameters()
+        codebook.reset()  # (11)
+        head[0].reset_parameters()  # (11)
     seed_step(*step_seed)
     inputs, labels = [], []
     with torch.no_grad(), autocast(o, team):
@@ -139,16 +141,18 @@ def fit_heads(heads, inputs, labels, o, team):
                 loss = F.cross_entropy(head(x), y, reduction="sum") / frames
                 gradients = all_sum(list(torch.autograd.grad(loss, weights)), team.group)
                 for p, gradient in zip(weights, gradients):
-                    p.data.sub_(o.refit_lr * gradient)
+                    p.data.sub_(o.refit_lr * gradient)  # (11)
 
 
 # ======== MAdaPT: (8) FOBLO and (9) Reptile ========
 # phi, theta and delta are lists of every parameter *and buffer*: teacher, codebooks, classifiers,
 # all but the step counter. An episode resets theta, but not Adam, whose moments stay with their
-# worker from one episode to the next. The teacher stands still, because its decay is 1.
+# worker from one episode to the next. The teacher stands still, because its decay is 1
+# (initial_model). A worker is a team of one rank or more, which share its batches.
 
 
 def theta(model):
+    """The model's own tensors, not copies of them."""
     return [t for name, t in model.state_dict().items() if name != "current_step"]
 
 
@@ -160,8 +164,8 @@ def add(vectors, others, scale):
 
 
 def cyclic_lr(step, o):
-    """A self-supervised step's rate climbs to the envelope, `lr_at`, of the end of its episode. A
-    supervised step's is the envelope itself."""
+    """In the self-supervised steps of an episode the rate climbs to that which `lr_at` has at the
+    end of the episode. In supervised steps it is `lr_at` itself."""
     length = o.inner_steps + o.outer_steps
     start = step - step % length
     if o.method == "foblo" and step - start >= o.inner_steps:
@@ -180,7 +184,7 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
             unlabelled, labelled = episodes(update * o.workers + worker)
             unlabelled = fetch(unlabelled, o, team, 0, log)
             labelled = labelled and fetch(labelled, o, team, 0, log)
-            torch._foreach_copy_(theta(model), phi)  # theta_0 = phi
+            torch._foreach_copy_(theta(model), phi)  # theta_0 = phi, before it forgets
             if not foblo:
                 add(delta, phi, -1)  # (9) delta -= phi
             for s in range(M + N):
@@ -197,7 +201,7 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
                     add(delta, theta(model), -1)  # (8) delta -= theta_M
                 if (s + 1) % o.log_every == 0 and s + 1 < M + N:
                     log.write((update * len(workers) + i) * (M + N) + s + 1)
-            add(delta, theta(model), 1)  # delta += theta_{M+N}
+            add(delta, theta(model), 1)  # (8), (9) delta += theta_{M+N}
             done = update, i + 1
             if i + 1 < len(workers):
                 log.write((update * len(workers) + i + 1) * (M + N))
@@ -245,8 +249,7 @@ def main():
     delta = [torch.zeros_like(t) for t in phi]
 
     # ======== resume: (meta-updates done, episodes of this process done in the next one) ========
-    network = spidr.released_config(model.config)
-    checkpoint = pretrain.open_run(o, network, model, place, episodes.rows)
+    checkpoint = pretrain.open_run(o, model, place, episodes.rows)
     done, totals = resume(o, place, checkpoint, phi, delta, optimizers)
     if done[0] == o.updates:
         return pretrain.finished(o, place)

@@ -65,7 +65,7 @@ class Config:
     heads: int = option(12, "attention heads")
     ffn: int = option(3072, "inner width of the feed-forward blocks")
     qkv_bias: bool = option(False, "bias in the query-key-value projection")
-    pos_kernel: int = option(95, "frames that the positional convolutions share between them")
+    pos_kernel: int = option(95, "kernel of all positional convolutions together")
     pos_depth: int = option(5, "positional convolutions, each of kernel pos_kernel // pos_depth")
     pos_groups: int = option(16, "groups of each positional convolution")
     projection_dropout: float = option(0.0, "after the projection")
@@ -92,9 +92,10 @@ class Config:
 PRESETS = {
     "base": {},
     "tiny": dict(
-        norm="group_norm", conv_layers=((32, 10, 5),) + ((64, 3, 2),) * 4 + ((64, 2, 2),) * 2,
-        dim=128, layers=4, heads=4, ffn=512, pos_kernel=57, pos_depth=3, dropout=0.0,
-        attention_dropout=0.0, init_std=0.05, codebooks=3, codewords=48, ema_timescale=500.0),
+        norm="group_norm", dim=128, layers=4, heads=4, ffn=512, pos_kernel=57, pos_depth=3,
+        conv_layers=((16, 10, 5),) + ((32, 3, 2),) * 2 + ((64, 3, 2),) * 2 + ((64, 2, 2),) * 2,
+        dropout=0.0, attention_dropout=0.0, init_std=0.05, codebooks=3, codewords=48,
+        ema_timescale=500.0),
 }
 
 
@@ -250,7 +251,7 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, valid=None):  # [B, T, D] -> the residual stream and the output, both so
+    def forward(self, x, valid=None):  # [B, T, D] -> residual stream, output, both [B, T, D]
         x = self.layer_norm(x + self.dropout(self.attention(x, valid)))
         output = self.feed_forward(x)  # (2)
         return self.final_layer_norm(x + self.dropout(output)), output
@@ -284,7 +285,8 @@ class Transformer(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Codeword v is S_v / N_v: the average, with forgetting, of the targets assigned to it."""
+    """Codeword v is S_v / N_v: the average, with forgetting, of the targets assigned to it. In
+    released checkpoints, and so here, S is called codebook and N counts."""
 
     def __init__(self, config):
         super().__init__()
@@ -324,9 +326,10 @@ class SpidR(nn.Module):
     def frames(self, wav, lengths=None):
         """[B, N] -> projected frames [B, T, D], and which of them are no padding."""
         lengths = None if lengths is None else lengths.to(wav.device)
-        features = self.feature_extractor(wav, lengths)
+        features = self.feature_extractor(wav, lengths)  # [B, T, C]
+        x = self.feature_projection(features)  # (1) [B, T, D]
         lengths = None if lengths is None else num_frames(lengths, self.config)
-        return self.feature_projection(features), valid_frames(lengths, features.shape[1])
+        return x, valid_frames(lengths, x.shape[1])
 
     def encode(self, wav, lengths=None):
         """Standardised wav [B, N], padded where lengths [B] say so -> L outputs [B, T, D]."""
@@ -349,8 +352,8 @@ class SpidR(nn.Module):
 
     def forward(self, wav, mask, lengths=None):
         """(1) to (4): the loss of a micro-batch, and the sums from which codebooks and metrics
-        are made. Nothing moves. `mask` [B, T] is true where the student does not hear; it may be
-        on the CPU, where looking for its ones makes no GPU wait."""
+        are made. No weight and no codebook changes. `mask` [B, T] is true where the student does
+        not hear. It is best kept on the CPU: to find its ones on a GPU would make the CPU wait."""
         inputs, targets = self.masked_frames(wav, mask, lengths)  # K times [M, D], [K, M, D]
         labels = self.assign(targets)  # [K, M]
         logits = torch.stack([head(x) for head, x in zip(self.heads, inputs)])  # [K, M, V]
@@ -361,8 +364,9 @@ class SpidR(nn.Module):
 
     def masked_frames(self, wav, mask, lengths=None):
         """At the masked frames: what the K heads read, [M, D] each, and the targets [K, M, D]."""
-        x, valid = self.frames(wav, lengths)  # (1) [B, T, D]
-        where = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)  # [M] of B T
+        x, valid = self.frames(wav, lengths)  # [B, T, D]
+        # The indices [M] of the masked ones among all B T frames.
+        where = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
         with torch.no_grad():
             _, outputs = self.teacher(x, valid)  # the teacher hears everything
             outputs = outputs[-self.config.codebooks :]
@@ -389,7 +393,8 @@ class SpidR(nn.Module):
     def statistics(self, losses, log_probs, labels, targets):
         """Sums over the masked frames, to be added up over micro-batches and over ranks."""
         (K, M), V, D = labels.shape, self.config.codewords, self.config.dim
-        codeword = (labels + V * torch.arange(K, device=labels.device)[:, None]).flatten()  # of K V
+        # The indices of the labels among all K V codewords.
+        codeword = (labels + V * torch.arange(K, device=labels.device)[:, None]).flatten()
         counts, sums = losses.new_zeros(K * V), losses.new_zeros(K * V, D)
         counts.index_add_(0, codeword, losses.new_ones(K * M))
         sums.index_add_(0, codeword, targets.to(sums.dtype).flatten(0, 1))
@@ -427,13 +432,12 @@ class SpidR(nn.Module):
         decay, finite = self.config.codebook_decay, stats["sums"].isfinite().all()
         for codebook, n, s in zip(self.codebooks, stats["counts"], stats["sums"]):
             used = (n > 0) & finite  # a codeword without a frame does not decay
-            counts = decay * codebook.counts + (1 - decay) * n  # (5)
-            sums = decay * codebook.codebook + (1 - decay) * s  # (5)
-            codebook.counts.copy_(torch.where(used, counts, codebook.counts))
-            codebook.codebook.copy_(torch.where(used[:, None], sums, codebook.codebook))
+            N, S = codebook.counts, codebook.codebook
+            N.copy_(torch.where(used, decay * N + (1 - decay) * n, N))  # (5)
+            S.copy_(torch.where(used[:, None], decay * S + (1 - decay) * s, S))  # (5)
 
     def ema_decay(self, step):
-        """b of (6): 1 - (1 - b0) exp(-step / timescale), and 1 for good once that is near."""
+        """b in (6), which is 1 for good once it is near enough."""
         decay = 1 - (1 - self.config.ema_start) * math.exp(-step / self.config.ema_timescale)
         return 1.0 if 1 - decay <= self.config.ema_threshold else decay
 
@@ -447,7 +451,8 @@ class SpidR(nn.Module):
             # By name, because an adapted weight is not one parameter but W0 + B A.
             student = attrgetter(*names)(self.student)
             torch._foreach_lerp_(teacher, student, 1 - decay)  # (6)
-            # The positional convolution is copied: both agree on where a frame is.
+            # The positional convolution is copied, as long as the teacher moves: so both agree on
+            # where a frame is.
             teacher = self.teacher.pos_conv_embed.parameters()
             for theirs, ours in zip(teacher, self.student.pos_conv_embed.parameters()):
                 theirs.copy_(ours)
@@ -472,8 +477,8 @@ class SpidR(nn.Module):
                 f"the alignments have {phones}")
 
     def supervised_loss(self, wav, mask, phones, language, layer):
-        """(7) The loss of phones [B, T], -100 where none counts, read off the output of `layer`;
-        and its sums. The input is masked as in self-supervised steps."""
+        """The loss of phones [B, T], -100 where none is known, read off the output of `layer`;
+        and its sums. The input is masked as ever, but all frames count."""
         x, _ = self.frames(wav)
         _, outputs = self.student(self.hide(x, mask), depth=layer)
         logits = self.supervised_classifiers[language].output_layer(outputs[-1]).float()
@@ -608,19 +613,16 @@ def all_sum(tensors, group=None):
 
 
 def faster_on_cpu(model):
-    """The same model with the same parameters, whose convolutions and large products run as a CPU
-    likes them. Each of the three measures takes a tenth or more off a training step."""
+    """The same model with the same parameters, whose convolutions run as a CPU likes them, in a
+    process that keeps its memory. Either takes a tenth or more off a training step."""
     with contextlib.suppress(OSError, AttributeError):  # only Linux' malloc has these switches
         # Large blocks would go back to the system at once, to be fetched again page by page.
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: no block is given back
     if torch.backends.mkldnn.is_available():
-        wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
         for module in model.modules():
             if type(module) is nn.Conv1d:
                 module.__class__ = FasterConv1d
-            if type(module) is nn.Linear and module.weight.numel() >= 2**18 and wide:
-                module.__class__ = FasterLinear
     return model
 
 
@@ -664,28 +666,6 @@ class StridedConv(torch.autograd.Function):
             part = gradient.bmm(seen.mT.flatten(2)).sum(0)  # seen: [B, N', C_in, taps]
             parts.append(part.view(len(part), -1, x.shape[1]))  # [C, taps, C_in]
         return to_x, torch.cat(parts, 1).mT, None
-
-
-class FasterLinear(nn.Linear):
-    """PyTorch leaves products to MKL. On an AMD CPU with AVX-512 oneDNN does large ones faster."""
-
-    def forward(self, x):
-        return Product.apply(x, self.weight, self.bias)
-
-
-class Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.bias = bias is not None
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        x, flat = x.flatten(0, -2), gradient.flatten(0, -2)
-        to_weight = Product.apply(flat.T, x.T, None)
-        return Product.apply(gradient, weight.T, None), to_weight, flat.sum(0) if ctx.bias else None
 
 
 # ======== load and save ========

@@ -13,7 +13,7 @@ Each optimizer step, with the equations' numbers in model.py and README.md:
                            the loss' gradients and the stats are added up
     over all ranks:        gradients and stats are summed
     the optimizer moves the student
-    model.update_codebooks(stats)                                   (5)
+    model.update_codebooks(stats)                                   (5), not after labels
     model.update_teacher(step)                                      (6)
 
 The run's folder, --out, holds config.json, metrics.jsonl, last.pt, step_N.pt. The same command
@@ -101,7 +101,7 @@ class Options(StageOptions):
     init: str = option("", "a run or a checkpoint to start from; without one random weights")
     steps: int = option(400_000, "optimizer steps")
     freeze_step: int = option(200_000, "from then on the downsampler and projection stand still")
-    supervised_every: int = option(10, "with alignments one step in so many is; 0: none")
+    supervised_every: int = option(10, "with alignments: one supervised step in so many; 0: none")
     supervised_layer: int = option(8, "whose output the phone classifiers read")
     save_every: int = option(1_000, "steps between checkpoints (last.pt)")
     keep_every: int = option(50_000, "steps between checkpoints that are kept (step_N.pt)")
@@ -109,14 +109,14 @@ class Options(StageOptions):
 
 
 # tiny departs from the papers in numbers only, so that minutes show something: small steps (four
-# crops of 8 s) at a higher rate, shorter spans, and more supervision, on layer 3 of 4.
-TINY = dict(batch_samples=512_000, max_samples=128_000, crop_multiple=16_000, mask_prob=0.6,
-            mask_span=8, log_every=50)
+# crops of 4 s) at a higher rate, shorter spans, and half of the steps supervised, on layer 3 of 4.
+TINY = dict(crop_multiple=16_000, mask_prob=0.6, mask_span=8)
 PRESETS = {
     "base": {},
     "tiny": TINY | dict(
-        steps=1200, lr=1.5e-3, lr_floor=0.05, warmup_steps=120, hold_steps=480, decay_steps=600,
-        freeze_step=1200, supervised_every=3, supervised_layer=3, save_every=250, keep_every=0),
+        steps=1500, lr=1.2e-3, lr_floor=0.05, warmup_steps=80, hold_steps=650, decay_steps=770,
+        freeze_step=1500, batch_samples=256_000, max_samples=64_000, supervised_every=2,
+        supervised_layer=3, log_every=100, save_every=250, keep_every=0),
 }
 
 
@@ -126,9 +126,10 @@ PRESETS = {
 def train_step(model, optimizer, micro_batches, step, lr, o, place, layer=0):
     """Optimizer step `step`, counted from 1. With a `layer` it is supervised, from that layer.
 
-    The loss is a mean over the frames of all micro-batches and ranks. Each of them therefore
-    weighs its own mean by its frames, and the sum is divided by the frames of all: how a batch is
-    spread over ranks and micro-batches changes nothing but rounding."""
+    The loss is a mean over the frames of all micro-batches and ranks. A micro-batch knows the mean
+    over its own frames. So its gradients are weighted by the number of its frames, and the sum of
+    all gradients is divided by the number of all frames. How a batch is spread over ranks and
+    micro-batches then changes nothing but rounding."""
     optimizer.zero_grad()
     stats = {}
     for batch in micro_batches:
@@ -159,9 +160,9 @@ def move(optimizer, gradients, count, lr, o):
     """One step of AdamW along the mean of gradients that are sums over `count` frames."""
     norm = torch.nn.utils.get_total_norm(gradients) / count
     torch._foreach_mul_(gradients, (o.clip / (norm + 1e-6)).clamp(max=1.0) / count)
-    # A gradient that is not finite on one rank makes the sum so on all ranks: all skip the step,
-    # without having to talk about it. The fused AdamW leaves everything as it is where found_inf
-    # is 1, on the device, so that nothing waits for a GPU.
+    # A gradient that is not finite on one rank makes the sum so on all ranks: all of them skip the
+    # step, without having to talk about it. Where found_inf, on the device, is 1, the fused AdamW
+    # changes nothing, and nothing had to wait for a GPU. The teacher follows the same student.
     skipped = (~norm.isfinite()).float()
     optimizer.found_inf = skipped
     for group in optimizer.param_groups:
@@ -209,7 +210,6 @@ def main():
     place = setup(o)
     torch.manual_seed(o.seed)
     model, inventory = initial_model(o, config, place)
-    speed_up(model, o)
     if o.benchmark:
         return benchmark(o, model, place)
 
@@ -220,10 +220,7 @@ def main():
     labelled = None
     if labelled_rows:
         labelled = data.Batches(labelled_rows, model.config, o, group, classes, stream=(1,))
-    valid = None
-    if o.valid:
-        valid_rows = data.check_audio(data.read_manifest(o.valid), o.min_samples)
-        valid = data.Batches(valid_rows, model.config, o, stream=(2,))
+    valid = data.Batches(read_rows(o.valid, o), model.config, o, stream=(2,)) if o.valid else None
 
     # ======== model, optimizer ========
     for language, phones in inventory.items():
@@ -231,22 +228,21 @@ def main():
     optimizer = make_optimizer(model, o)
 
     # ======== resume ========
-    checkpoint = open_run(o, spidr.released_config(model.config), model, place, rows)
+    checkpoint = open_run(o, model, place, rows)
     first, totals = resume(checkpoint, model, optimizer)
     if first >= o.steps:
         return finished(o, place)
     log, stop = Log(o, place, o.steps, first, totals), Stop(place)
 
-    # ======== loop: the last step of every so many is supervised ========
-    every = o.supervised_every if labelled else o.steps + 1
+    # ======== loop ========
+    every = o.supervised_every if labelled else o.steps + 1  # the last of so many is supervised
     unlabelled = fetch(unlabelled, o, place, first - first // every, log)
     labelled = labelled and fetch(labelled, o, place, first // every, log)
     model.train()
     for step in range(first, o.steps):
         if step >= o.freeze_step:
             model.freeze_front_end()
-        done = step + 1
-        supervised = done % every == 0
+        done, supervised = step + 1, (step + 1) % every == 0
         micro_batches = next(labelled if supervised else unlabelled)
         layer = o.supervised_layer if supervised else 0
         seed_step(o.seed, step, place.rank)
@@ -258,8 +254,8 @@ def main():
         if saving or done % o.log_every == 0:
             log.write(done)
         if saving:
-            save_checkpoint(o, place, model.state_dict(), optimizer, done, log,
-                            inventories=inventory)
+            state = model.state_dict()
+            save_checkpoint(o, place, state, optimizer, done, log, inventories=inventory)
         if stopping and done < o.steps:
             leave(place, done)
     if place.first:
@@ -389,6 +385,7 @@ def speed_up(model, o):
             part.compile()
     elif model.mask_embedding.device.type == "cpu":
         spidr.faster_on_cpu(model)
+    return model
 
 
 # ======== model and data ========
@@ -397,14 +394,14 @@ def speed_up(model, o):
 def initial_model(o, config, place):
     """A new network or that of --init, and its phone inventories."""
     if not o.init:
-        return SpidR(config).to(place.device), {}
+        return speed_up(SpidR(config).to(place.device), o), {}
     training = "codebook_decay", "ema_start", "ema_timescale", "ema_threshold", "layer_drop"
     changes = {name: getattr(config, name) for name in training}
     require(config == Config(**spidr.PRESETS[o.preset] | changes),
             f"--init brings its own network: of Config only {', '.join(changes)}")
     model, inventory = spidr.load_init(o.init, **changes)
     check_options(o, model.config)
-    return model.to(place.device), inventory
+    return speed_up(model.to(place.device), o), inventory
 
 
 def make_toy(o, place, part):
@@ -414,6 +411,10 @@ def make_toy(o, place, part):
     barrier()
 
 
+def read_rows(manifest, o):
+    return data.check_audio(data.read_manifest(manifest), o.min_samples)
+
+
 def read_data(o, place, inventory, supervised):
     """All recordings; the labelled ones; their phones as classes; the phone inventories."""
     manifest, alignments = o.manifest, o.alignments
@@ -421,7 +422,7 @@ def read_data(o, place, inventory, supervised):
         make_toy(o, place, "train")
         manifest = Path(o.toy) / "train.csv"
         alignments = alignments or Path(o.toy) / "train_alignments.csv"
-    rows = data.check_audio(data.read_manifest(manifest), o.min_samples)
+    rows = read_rows(manifest, o)
     if not (alignments and supervised):
         return rows, [], {}, inventory
     found = data.read_alignments(alignments)
@@ -466,12 +467,13 @@ def validate(model, batches, o, place, most=20):
 # ======== the run's folder ========
 
 
-def open_run(o, network, model, place, rows=()):
+def open_run(o, model, place, rows=(), about=None):
     """The run's folder, new or to be resumed with the same options and audio. Returns its
-    checkpoint, or None."""
+    checkpoint, or None. What it is about is the model's configuration, unless given."""
     out, described = Path(o.out), Path(o.out, "config.json")
     record = {
-        "options": asdict(o), "model": network, "ranks": place.world,
+        "options": asdict(o), "model": about or spidr.released_config(model.config),
+        "ranks": place.world,
         "audio": {"recordings": len(rows), "samples": sum(row.num_samples for row in rows)},
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "commit": subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>&-"),
@@ -604,7 +606,7 @@ class Log:
         self.metrics.append(metrics)
 
     def write(self, step):
-        """The same on all ranks, which is what makes checkpoints complete."""
+        """All ranks call it, because it sums what they heard, and count alike what they skipped."""
         values, totals = {}, self.totals
         for metrics in self.metrics:
             for name, value in metrics.items():
