@@ -110,7 +110,8 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(weight.new_zeros(rows, rank))
 
     def forward(self, weight):
-        return weight + self.B @ self.A  # (12)
+        with torch.autocast(weight.device.type, enabled=False):  # as it will be merged
+            return weight + self.B @ self.A  # (12)
 
 
 def dama_ranks(layers, rank_max, rank_min):

@@ -360,7 +360,8 @@ def read_alignments(path):
     """{fileid: (phones, language)}, a phone every 10 ms."""
     found = {}
     for where, line in read_table(str(path), "fileid", "phones", "language"):
-        fileid, phones, language = line["fileid"], line["phones"].split(), line["language"]
+        fileid, language = line["fileid"], line["language"]
+        phones = [*map(sys.intern, line["phones"].split())]  # each phone is kept once
         require(phones and language, f"{where}: no phones or no language")
         require(fileid not in found, f"{where}: {fileid} is there twice")
         found[fileid] = phones, language

@@ -49,8 +49,9 @@ import data
 import model as spidr
 from model import InputError, all_sum, option, require, run
 from pretrain import (
-    Log, Parser, RunOptions, Stop, autocast, finished, is_kept, leave, lr_at, make_optimizer, move,
-    open_run, parse_options, resume, save_checkpoint, seed_step, setup, step_of, trained,
+    Log, Parser, RunOptions, Stop, autocast, check_optimizer, finished, is_kept, leave, lr_at,
+    make_optimizer, move, open_run, parse_options, resume, save_checkpoint, seed_step, setup,
+    step_of, trained,
 )
 
 RATE = 50  # frames a second
@@ -711,18 +712,19 @@ def write_outputs(args):
     layer = encoder.layer(args.layer, units)
     header = dict(model=encoder.name, hash=encoder.hash, layer=layer, frame_rate=RATE)
     found = extract(rows, encoder, [layer], units, args.longest)
+    part = Path(f"{out}.part")  # it gets its name when it is whole
     if units:
-        with open(f"{out}.part", "w", encoding="utf-8") as file:
+        with open(part, "w", encoding="utf-8") as file:
             file.write(json.dumps(header | dict(codewords=encoder.codewords)) + "\n")
             for fileid, (x,) in found:
                 file.write(json.dumps(dict(fileid=fileid, units=x.tolist())) + "\n")
-        os.replace(f"{out}.part", out)
     else:
         for fileid, (frames,) in found:
-            path = out / f"{fileid}.npy"
+            path = part / f"{fileid}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, frames.numpy())
-        write_json(out / "meta.json", header)
+        write_json(part / "meta.json", header)
+    os.replace(part, out)
     print(f"{len(rows)} files, layer {layer} of {encoder.name}, {RATE} Hz: {out}")
 
 
@@ -878,9 +880,9 @@ def train_lm(arguments):
     # ======== options, setup ========
     o, _ = parse_options(LMOptions, LM_PRESETS, argv=arguments)
     require(o.units, "lm needs --units, a file that 'evaluate.py units' writes")
-    counts = o.layers, o.dim, o.heads, o.context, o.steps, o.accumulate, o.log_every, o.save_every
-    require(min(counts) > 0 and o.dim % o.heads == 0 and 0 <= o.dropout < 1,
-            "lm: sizes and steps are positive, dim is a multiple of heads, dropout under 1")
+    check_optimizer(o)
+    require(min(o.layers, o.dim, o.heads, o.context) > 0 and o.dim % o.heads == 0
+            and 0 <= o.dropout < 1, "sizes are positive, dim a multiple of heads, dropout under 1")
     place = setup(o)
     torch.manual_seed(o.seed)
 
@@ -1057,8 +1059,15 @@ def toy_encoders(runs):
     return {"mfcc": load_encoder("mfcc")} | encoders
 
 
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: damaged: {error}") from None
+
+
 def options_of(run):
-    return json.loads(Path(run, "config.json").read_text()).get("options", {})
+    return read_json(Path(run, "config.json")).get("options", {})
 
 
 def run_toy(args):
@@ -1171,7 +1180,7 @@ def read_scores(path):
         files = {"none": path / "abx_before.json", o["budget"] or "all": path / "abx_after.json"}
     name = name.rstrip("0123456789") + f", {method}" * (method != "full")
     for amount, file in files.items():
-        for record in json.loads(file.read_text()):
+        for record in read_json(file):
             if record["speaker"] == "across":
                 yield name, record["layer"], amount, seed, language, record["error"]
 

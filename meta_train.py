@@ -25,6 +25,7 @@ the episode it was in again, to the same bits.
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,8 @@ PRESETS = {
 
 
 def make_tasks(rows, o, draw):
-    """[(language, rows)], shuffled. Each language's audio is cut into chunks, anew with each draw
-    but always into as many."""
+    """[(language, recordings)], shuffled. Each language's audio is cut into chunks, anew with each
+    draw but always into as many."""
     tasks = []
     for number, (language, members) in enumerate(by_language(rows)):
         order = np.random.default_rng([o.seed, 4, draw, number]).permutation(len(members))
@@ -103,8 +104,8 @@ def make_tasks(rows, o, draw):
         chunks = max(1, int(chunks) + (rest >= max(o.chunk_min_seconds, seconds.max())))
         starts = np.cumsum(seconds) - seconds
         chunk_of = np.minimum(starts // o.chunk_seconds, chunks - 1)
-        for i in range(chunks):
-            tasks.append((language, [row for row, c in zip(members, chunk_of) if c == i]))
+        edges = np.searchsorted(chunk_of, np.arange(chunks + 1))
+        tasks += [(language, members[i:j]) for i, j in zip(edges, edges[1:])]
     order = np.random.default_rng([o.seed, 5, draw]).permutation(len(tasks))
     return [tasks[i] for i in order]
 
@@ -133,7 +134,7 @@ def forget(model, micro_batches, o, team, episode_seed, step_seed):
 def fit_heads(heads, inputs, labels, o, team):
     """SGD on each head's cross-entropy over all frames of the worker: [K, M, D], [K, M]."""
     frames = torch.tensor(float(labels.shape[1]), device=inputs.device)
-    all_sum([frames], team.group)
+    frames = all_sum([frames], team.group)[0].clamp(min=1)
     with full_precision(inputs.device):
         for _ in range(o.refit_steps):
             for head, x, y in zip(heads, inputs, labels):
@@ -294,9 +295,10 @@ class Episodes:
             o, place, inventory, supervised)
         self.labelled = dict(by_language(labelled))
         self.check(supervised)
-        self.tasks = len(make_tasks(self.rows, o, draw=0))
-        for draw in range(-(-o.updates * o.workers // self.tasks)):
-            for language, rows in make_tasks(self.rows, o, draw):
+        self.draw = lru_cache(maxsize=1)(lambda number: make_tasks(self.rows, o, number))
+        self.tasks = len(self.draw(0))
+        for number in range(-(-o.updates * o.workers // self.tasks)):
+            for language, rows in self.draw(number):
                 try:  # what is too small for a batch is told now, not after hours
                     data.Batches(rows, *self.common)
                 except InputError as error:
@@ -316,7 +318,7 @@ class Episodes:
     def __call__(self, number):
         """Of episode `number`: the next task of the shuffle, which is drawn anew at its end."""
         draw, at = divmod(number, self.tasks)
-        language, rows = make_tasks(self.rows, self.o, draw)[at]
+        language, rows = self.draw(draw)[at]
         unlabelled, labelled = data.Batches(rows, *self.common, stream=(6, number)), None
         if language in self.labelled:
             labelled = data.Batches(
@@ -373,7 +375,7 @@ def save(o, place, model, phi, delta, optimizers, done, log, inventory):
     pretrain.barrier()
     if place.first:
         state = model.state_dict() | dict(zip(names, phi))
-        for name in ["last.pt"] + [f"update_{done[0]}.pt"] * (done[0] == o.updates):
+        for name in [f"update_{done[0]}.pt"] * (done[0] == o.updates) + ["last.pt"]:
             spidr.save(Path(o.out) / name, state, done=done, ranks=place.world,
                        totals=log.totals, inventories=inventory)
     pretrain.barrier()
@@ -392,7 +394,9 @@ def resume(o, place, checkpoint, phi, delta, optimizers):
     torch._foreach_copy_(delta, mine["delta"])
     for optimizer, state in zip(optimizers, mine["optimizers"]):
         optimizer.load_state_dict(state)
-    return done, checkpoint["totals"]
+    totals = checkpoint["totals"]
+    checkpoint.clear()  # it is as large as the model
+    return done, totals
 
 
 if __name__ == "__main__":

@@ -517,11 +517,14 @@ def check_config(c):
     for name in "heads", "pos_groups":
         parts = getattr(c, name)
         require(c.dim % parts == 0, f"dim {c.dim} does not divide into {parts} {name}")
-    require(c.pos_kernel // c.pos_depth % 2 == 1, "pos_kernel // pos_depth must be odd")
+    kernel = c.pos_kernel // c.pos_depth
+    require(kernel > 0 and kernel % 2 == 1, "pos_kernel // pos_depth must be odd")
     require(1 <= c.codebooks <= c.layers and c.codewords >= 2,
             f"codebooks: from 1 to the {c.layers} layers, with 2 codewords or more")
-    require(0 <= c.codebook_decay <= 1 and 0 <= c.ema_start <= 1 and 0 <= c.layer_drop < 1,
-            "decays lie in [0, 1], layer_drop in [0, 1)")
+    dropouts = c.projection_dropout, c.dropout, c.attention_dropout, c.ffn_dropout, c.layer_drop
+    require(all(0 <= p < 1 for p in dropouts), "dropouts and layer_drop lie in [0, 1)")
+    require(0 <= c.codebook_decay <= 1 and 0 <= c.ema_start <= 1, "decays lie in [0, 1]")
+    require(c.ema_timescale > 0 and c.init_std > 0, "ema_timescale and init_std are positive")
 
 
 def entropy(p):
@@ -581,7 +584,7 @@ def explain(error):
         return 130
     if isinstance(error, torch.OutOfMemoryError):
         message = "the GPU's memory is full: halve --batch-samples and double --accumulate"
-    elif isinstance(error, (ConnectionResetError, EOFError)) or "DataLoader worker" in str(error):
+    elif isinstance(error, (ConnectionResetError, EOFError)) or "killed by signal" in str(error):
         message = ("a process that reads audio was killed, perhaps for want of memory: the same "
                    "command resumes; lower --loaders if it happens again")
     elif isinstance(error, (InputError, OSError)):
@@ -701,7 +704,7 @@ def save(path, state, **more):
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError):  # torch hides a full disk behind an error of its own
             free = shutil.disk_usage(path.parent).free
-            error = f"{free / 1e6:.1f} MB were free on its disk"
+            error = f"{free / 1e6:.1f} MB were free on its disk ({str(error).splitlines()[0]})"
         temporary.unlink(missing_ok=True)
         what = f"{path} could not be written, what was there before is untouched"
         raise InputError(f"{what}: {error}") from None

@@ -300,7 +300,7 @@ def parse_options(options, presets, config=None, argv=None):
     mine = {name: value for name, value in given.items() if name in names} | dict(preset=preset)
     chosen = replace(options(), **presets[preset])
     o = replace(chosen, **mine)
-    stretch = o.length / chosen.length if chosen.length else 1
+    stretch = o.length / chosen.length if o.length and chosen.length else 1
     for name in names.intersection(SCHEDULE).difference(mine):
         setattr(o, name, round(getattr(chosen, name) * stretch))
     if config:
@@ -317,16 +317,22 @@ def preset_of(init):
             return sizes.get(spidr.read_config(path).dim)
 
 
-def check_options(o, config):
+def check_optimizer(o):
     positive = "steps accumulate log_every save_every crop_multiple mask_span lr clip eps".split()
     others = "loaders keep_every supervised_every benchmark seed weight_decay".split()
     for name in (*positive, *others, *SCHEDULE):
         value = getattr(o, name, 1)
         require(value >= 0 and (value > 0 or name not in positive),
                 f"--{name.replace('_', '-')} {value}: too small")
-    require(isinstance(o.betas, (list, tuple)) and len(o.betas) == 2,
-            f"--betas {o.betas}: a list of two numbers")
-    require(0 <= o.lr_floor <= 1 and 0 < o.mask_prob < 1, "--lr-floor and --mask-prob: from 0 to 1")
+    betas = o.betas if isinstance(o.betas, (list, tuple)) else ()
+    require(len(betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas),
+            f"--betas {o.betas}: a list of two numbers in [0, 1)")
+    require(0 <= o.lr_floor <= 1, f"--lr-floor {o.lr_floor}: from 0 to 1")
+
+
+def check_options(o, config):
+    check_optimizer(o)
+    require(0 < o.mask_prob < 1, f"--mask-prob {o.mask_prob}: between 0 and 1")
     layer = getattr(o, "supervised_layer", 1)
     require(1 <= layer <= config.layers, f"--supervised-layer {layer}: from 1 to {config.layers}")
     require(o.min_samples <= o.max_samples <= o.batch_samples,
@@ -483,7 +489,7 @@ def open_run(o, model, place, rows=(), about=None):
     record = json.loads(json.dumps(record))  # as it will be read again
     if place.first:
         claim(out)
-        if o.restart and described.exists():
+        if o.restart and [*out.glob("*.json*"), *out.glob("*.pt")]:
             number = next(i for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
             os.rename(out, f"{out}.{number}")
             print(f"the run that was there is {out}.{number} now")
@@ -531,7 +537,7 @@ def claim(out, held={}):
         raise InputError(f"--out {out} cannot be written: {error}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         writer = file.read()
         raise InputError(f"{out} is being written by {writer}: give another --out") from None
@@ -553,7 +559,9 @@ def resume(checkpoint, model, optimizer, name="model"):
         return 0, None
     model.load_state_dict(checkpoint[name])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    return int(checkpoint["step"]), checkpoint["totals"]
+    step, totals = int(checkpoint["step"]), checkpoint["totals"]
+    checkpoint.clear()  # it is as large as the model and its moments
+    return step, totals
 
 
 def is_kept(done, o):
@@ -563,10 +571,10 @@ def is_kept(done, o):
 def save_checkpoint(o, place, state, optimizer, done, log, **more):
     if place.first:
         out, more = Path(o.out), dict(step=done, **more)
-        spidr.save(out / "last.pt", state, optimizer=optimizer.state_dict(), totals=log.totals,
-                   **more)
         if is_kept(done, o):
             spidr.save(out / f"step_{done}.pt", state, **more)
+        moments = optimizer.state_dict()
+        spidr.save(out / "last.pt", state, optimizer=moments, totals=log.totals, **more)
 
 
 # ======== the log ========
@@ -678,6 +686,7 @@ class Stop:
 
 
 def leave(place, step):
+    barrier()  # the first rank has saved
     if place.first:
         print(f"stopped at step {step}; the same command resumes there")
     sys.exit(143)
@@ -703,7 +712,8 @@ def show(script, *arguments):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("$ python", script, *arguments, flush=True)
-    done = subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments])
+    done = subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments],
+                          preexec_fn=lambda: spidr.die_with_parent(signal.SIGTERM))
     if done.returncode:
         sys.exit(done.returncode)
 
@@ -730,7 +740,7 @@ def flops(c, batch, samples):
 
 def benchmark(o, model, place):
     """Steps on random audio, as many of the longest crops as a micro-batch holds; a JSON line."""
-    batch = o.batch_samples // o.max_samples
+    batch = -(-o.batch_samples // o.max_samples)
     samples = o.batch_samples // batch // o.crop_multiple * o.crop_multiple or o.max_samples
     frames = spidr.num_frames(samples, model.config)
     mask = data.make_mask(batch, frames, np.random.default_rng(0), o.mask_prob, o.mask_span)
