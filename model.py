@@ -1,6 +1,7 @@
 """SpidR: the network, its losses, its codebooks and its teacher.
 
     python model.py [tiny|base]     prints the network: shapes for a second of audio, parameters
+    python model.py released        lists the released models, which load by their names
 
 Papers: SpidR, arXiv 2512.20308; SpidR-Adapt, arXiv 2512.21204.
 
@@ -25,14 +26,18 @@ M masked frames of the batch. An attribute has the name that released checkpoint
 
 import contextlib
 import ctypes
+import fcntl
+import http.client
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import traceback
+import urllib.error
 from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -770,20 +775,90 @@ def load_state(model, state, path):
     return model
 
 
-def load(path, device="cpu"):
-    """A run's folder, one of our checkpoints, or a released one (with its config.json beside it;
-    without, it is taken for base)."""
-    return load_init(path)[0].to(device)
+def load(what, device="cpu"):
+    """A run's folder, one of our checkpoints, a released one (with its config.json beside it;
+    without, it is taken for base), the name of a released model, or a URL."""
+    return load_init(what)[0].to(device)
 
 
-def load_init(path, **changes):
+def load_init(what, **changes):
     """What a stage starts from: the same network, and the phone inventories of its classifiers."""
-    path, checkpoint = read_checkpoint(path)
+    path, checkpoint = read_checkpoint(locate(what))
     described = path.parent / "config.json"
     model = SpidR(replace(read_config(described), **changes))
     name = path if described.exists() else f"{path}, taken for base for want of {described}"
     load_state(model, checkpoint["model"], name)
     return model.eval(), checkpoint.get("inventories", {})
+
+
+# ======== released models ========
+
+MODELS = "https://dl.fbaipublicfiles.com/shared/devai/assets/models"
+ADAPTED = "https://dl.fbaipublicfiles.com/shared/devai/assets/spidr-adapt/checkpoints"
+RELEASED = {  # name: (what it is, its address); all are of base's size, under CC BY-NC 4.0
+    "spidr_base": ("SpidR, LibriSpeech 960 h", f"{MODELS}/spidr_base.pt"),
+    "dinosr_base": ("DinoSR, LibriSpeech 960 h, trained by SpidR's authors",
+                    f"{MODELS}/dinosr_base_reproduced.pt"),
+    "spidr_vp20": ("SpidR, 20 VoxPopuli languages but English, French, German",
+                   "https://huggingface.co/coml/spidr-vp20/resolve/main/final.pt"),
+    "mtpt_ssl": ("multi-task pretraining [SSL], 19 languages, 6,000 h",
+                 f"{ADAPTED}/spidr_vp19lang/step_400000.pt"),
+    "mtpt_ssl_sl": ("multi-task pretraining [SSL/SL]",
+                    f"{ADAPTED}/spidr_sl_vp19lang/step_400000.pt"),
+    "reptile_ssl": ("mtpt_ssl + MAdaPT-Reptile",
+                    f"{ADAPTED}/spidr_reptile_vp19lang/step_200000.pt"),
+    "reptile_ssl_sl": ("mtpt_ssl_sl + MAdaPT-Reptile",
+                       f"{ADAPTED}/spidr_reptile_sl_vp19lang/step_200000.pt"),
+    "foblo_ssl": ("mtpt_ssl + MAdaPT-FOBLO",
+                  f"{ADAPTED}/spidr_foblo_vp19lang/step_200000.pt"),
+    "foblo_ssl_sl": ("mtpt_ssl_sl + MAdaPT-FOBLO: start here to adapt to a language",
+                     f"{ADAPTED}/spidr_foblo_sl_vp19lang/step_200000.pt"),
+}
+
+
+def locate(what):
+    """The path of a checkpoint or run. A released model or a URL is downloaded, once."""
+    url = RELEASED[what][1] if what in RELEASED and not Path(what).exists() else str(what)
+    return download(url) if "://" in url else Path(what)
+
+
+def cache_of(url):
+    """Where a download is kept: in torch's cache, in a folder for each folder of the server."""
+    folder, _, name = url.rpartition("/")
+    return Path(torch.hub.get_dir(), "checkpoints", re.sub(r"[^\w.-]+", "_", folder)[-200:], name)
+
+
+def download(url):
+    """The checkpoint, with its config.json if there is one. Nothing that does not load is kept."""
+    path = cache_of(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several ranks downloads, the others wait for it
+        if path.exists():
+            return path
+        part = path.with_name("part.pt")
+        try:
+            with contextlib.suppress(urllib.error.HTTPError):  # base has none
+                config = url.rpartition("/")[0] + "/config.json"
+                torch.hub.download_url_to_file(config, path.parent / "config.json", progress=False)
+            print(f"downloading {url} to {path}", file=sys.stderr)
+            torch.hub.download_url_to_file(url, part)
+            read_checkpoint(part)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            part.unlink(missing_ok=True)
+            if isinstance(error, InputError):
+                error = "what came is not a checkpoint, or was cut short"
+            raise InputError(f"{url}: {error}. Without a network put the file there by hand: "
+                             f"{path}") from None
+        os.replace(part, path)
+    return path
+
+
+def list_released():
+    for name, (what, url) in RELEASED.items():
+        state = f"in {cache_of(url).parent}" if cache_of(url).exists() else f"not here yet: {url}"
+        print(f"{name:15} {what}\n{'':15} {state}")
+    print("Licence of all: CC BY-NC 4.0. Their names stand for them wherever a model is asked for.")
 
 
 # ======== what the network looks like ========
@@ -793,7 +868,9 @@ def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "base"
     if name in ("-h", "--help"):
         return print(__doc__)
-    require(name in PRESETS, f"preset {name!r}: one of {', '.join(PRESETS)}")
+    if name == "released":
+        return list_released()
+    require(name in PRESETS, f"{name!r}: released, or one of {', '.join(PRESETS)}")
     model = SpidR(Config(**PRESETS[name]))
     c, shapes = model.config, {}
 

@@ -1,6 +1,7 @@
 """pytest test_smoke.py: what the repository promises, on tiny networks and a CPU."""
 
 import contextlib
+import http.server
 import importlib
 import itertools
 import json
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time  # noqa: F401, for the code of `preceded`
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -357,6 +359,60 @@ def test_load_reads_released_checkpoints_and_refuses_others(tmp_path):
         torch.save({"model": wrong}, path)
         with pytest.raises(InputError, match=message):
             spidr.load(path)
+
+
+@contextlib.contextmanager
+def server(files):
+    """Serves {path: bytes} on this machine; a file that is cut short promises more bytes."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = files.get(self.path)
+            if content is None:
+                return self.send_error(404)
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content) + 1000 * ("cut" in self.path)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as it:
+        threading.Thread(target=it.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{it.server_port}", asked
+        it.shutdown()
+
+
+def test_released_models_are_downloaded_once(tmp_path, monkeypatch, cli):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    model = formula_model(32, 3, 64, 2, "layer_norm", 0.3)
+    plain, files = model.state_dict(), {}
+    config = json.dumps({"model": spidr.released_config(model.config)}).encode()
+    for name, content in (("a", {"model": plain}), ("bare", plain), ("nothing", None)):
+        torch.save(content, tmp_path / "file")
+        files[f"/{name}/step_1.pt"] = (tmp_path / "file").read_bytes()
+        files[f"/{name}/config.json"] = config
+    files["/without/step_1.pt"] = files["/a/step_1.pt"]  # is then taken for base
+    files["/cut/step_1.pt"] = files["/a/step_1.pt"][:5000]
+    files["/page/step_1.pt"] = b"<!DOCTYPE html><title>Please log in</title>"
+    with server(files) as (address, asked):
+        monkeypatch.setitem(spidr.RELEASED, "mine", ("a model", f"{address}/a/step_1.pt"))
+        for what in "mine", f"{address}/bare/step_1.pt", "mine", f"{address}/a/step_1.pt":
+            same(spidr.load(what).state_dict(), plain)
+        assert len(asked) == 4  # the configuration and the weights of two
+        for name, message in (
+            ("without", "taken for base for want of"), ("missing", "404"),
+            *((bad, "not a checkpoint, or was cut short") for bad in ("nothing", "cut", "page"))
+        ):
+            with pytest.raises(InputError, match=message):
+                spidr.load(f"{address}/{name}/step_1.pt")
+    with pytest.raises(InputError, match="refused.*put the file there by hand"):
+        spidr.load(f"{address}/b/step_1.pt")
+    assert len(list((tmp_path / "hub").rglob("*.pt"))) == 3  # nothing that did not load was kept
+    code, out, _ = cli(spidr, "released")
+    assert code == 0 and out.count("not here yet") == len(spidr.RELEASED) - 1 and "BY-NC" in out
 
 
 # ======== data ========
