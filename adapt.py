@@ -64,8 +64,8 @@ class Options(pretrain.StageOptions):
 PRESETS = {
     "base": {},
     "tiny": pretrain.TINY | dict(
-        steps=200, lr=5e-4, lr_floor=0.05, warmup_steps=20, batch_samples=512_000,
-        max_samples=128_000, rank_max=16, log_every=50, save_every=50),
+        steps=200, lr=5e-4, lr_floor=0.05, warmup_steps=20, batch_samples=256_000,
+        max_samples=64_000, rank_max=16, log_every=50, save_every=50),
 }
 
 
