@@ -152,8 +152,7 @@ def main():
     torch.manual_seed(o.seed)
     changes = dict(ema_start=o.ema_start, codebook_decay=o.codebook_decay, layer_drop=0.0)
     model, inventory = spidr.load_init(o.init, **changes)
-    model.to(place.device)
-    pretrain.speed_up(model, o)
+    pretrain.to_device(model, o, place)
 
     # ======== data ========
     rows = audio_rows(o, place)

@@ -72,7 +72,7 @@ class Options(pretrain.StageOptions):
                                    "SSL/SL init, else 6")
 
     @property
-    def length(self):
+    def steps(self):
         """Steps that a worker makes."""
         return self.updates * (self.inner_steps + self.outer_steps)
 
@@ -235,7 +235,7 @@ def main():
     place = pretrain.setup(o)
     torch.manual_seed(o.seed)
     model, inventory = initial_model(o, place)
-    pretrain.speed_up(model, o)
+    pretrain.to_device(model, o, place)
     workers, team = lay_out(o, place)
 
     # ======== data ========
@@ -256,7 +256,7 @@ def main():
         return pretrain.finished(o, place)
     episode = len(workers) * done[0] + done[1]
     per_episode = o.inner_steps + o.outer_steps
-    log = Log(o, place, len(workers) * o.length, episode * per_episode, totals)
+    log = Log(o, place, len(workers) * o.steps, episode * per_episode, totals)
 
     # ======== loop ========
     model.train()
@@ -358,7 +358,7 @@ def initial_model(o, place):
     if (o.beta > 0.1 or 0 < o.beta < 0.001) and o.preset != "tiny":
         warn(place, f"beta {o.beta}: the papers find above 0.1 unstable and below 0.001 slow")
     pretrain.check_options(o, model.config)
-    return model.to(place.device), inventory
+    return model, inventory
 
 
 def worker_file(o, place, done):

@@ -70,11 +70,6 @@ class RunOptions:
     weight_decay: float = option(0.01, "AdamW's, on everything")
     clip: float = option(10.0, "largest norm of the gradient")
 
-    @property
-    def length(self):
-        """Steps of the schedule. It is stretched along when the run is made longer or shorter."""
-        return self.steps
-
 
 @dataclass
 class StageOptions(RunOptions):
@@ -206,10 +201,11 @@ def seed_step(*numbers):
 def main():
     # ======== options, setup ========
     o, config = parse_options(Options, PRESETS, Config)
-    check_options(o, config)
     place = setup(o)
     torch.manual_seed(o.seed)
-    model, inventory = initial_model(o, config, place)
+    model, inventory = initial_model(o, config)
+    check_options(o, model.config)
+    to_device(model, o, place)
     if o.benchmark:
         return benchmark(o, model, place)
 
@@ -267,7 +263,10 @@ def main():
 
 # ======== plumbing: skip at first reading ========
 
-SCHEDULE = "warmup_steps", "hold_steps", "decay_steps", "freeze_step"
+SCHEDULE = {"warmup_steps", "hold_steps", "decay_steps", "freeze_step"}
+# No number is negative, and these are not 0.
+POSITIVE = ("steps accumulate log_every save_every crop_multiple mask_span lr clip eps workers "
+            "updates inner_steps").split()
 # What may change when a run resumes: it computes the same, but for rounding and dropout.
 FREE = ("out device compile loaders log_every save_every keep_every restart benchmark accumulate "
         "items items_audio").split()
@@ -279,8 +278,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_options(options, presets, config=None, argv=None):
-    """(options, config): the defaults of the dataclasses, over them the preset's numbers, over
-    those the command line's."""
+    """(options, config): the defaults of the dataclasses, over them the numbers of the preset,
+    over those what the command line gives."""
     parser = Parser(description=sys.modules[options.__module__].__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS)
@@ -296,17 +295,13 @@ def parse_options(options, presets, config=None, argv=None):
     preset = given.get("preset") or preset_of(given.get("init", getattr(options, "init", "")))
     preset = preset or ("base" if given.get("manifest") or given.get("audio") else "tiny")
     require(preset in presets, f"--preset {preset}: one of {', '.join(presets)}")
-    names = {f.name for f in fields(options)}
-    mine = {name: value for name, value in given.items() if name in names} | dict(preset=preset)
-    chosen = replace(options(), **presets[preset])
-    o = replace(chosen, **mine)
-    stretch = o.length / chosen.length if o.length and chosen.length else 1
-    for name in names.intersection(SCHEDULE).difference(mine):
-        setattr(o, name, round(getattr(chosen, name) * stretch))
-    if config:
-        sizes = {name: value for name, value in given.items() if name not in names}
-        config = config(**spidr.PRESETS[preset] | sizes)
-    return o, config
+    sizes = {name: given.pop(name) for name in list(given) if not hasattr(options, name)}
+    usual = options(**presets[preset])
+    o = replace(usual, **given | dict(preset=preset))
+    if o.steps and usual.steps:  # a longer or shorter run stretches its schedule along
+        for name in SCHEDULE - given.keys() & vars(o).keys():
+            setattr(o, name, round(getattr(usual, name) * (o.steps / usual.steps)))
+    return o, config and config(**spidr.PRESETS[preset] | sizes)
 
 
 def preset_of(init):
@@ -318,12 +313,10 @@ def preset_of(init):
 
 
 def check_optimizer(o):
-    positive = "steps accumulate log_every save_every crop_multiple mask_span lr clip eps".split()
-    others = "loaders keep_every supervised_every benchmark seed weight_decay".split()
-    for name in (*positive, *others, *SCHEDULE):
-        value = getattr(o, name, 1)
-        require(value >= 0 and (value > 0 or name not in positive),
-                f"--{name.replace('_', '-')} {value}: too small")
+    for name, value in vars(o).items():
+        if isinstance(value, (int, float)):
+            fits = value > 0 or value == 0 and name not in POSITIVE
+            require(fits, f"--{name.replace('_', '-')} {value}: too small")
     betas = o.betas if isinstance(o.betas, (list, tuple)) else ()
     require(len(betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas),
             f"--betas {o.betas}: a list of two numbers in [0, 1)")
@@ -382,14 +375,16 @@ def barrier():
         dist.barrier()
 
 
-def speed_up(model, o):
+def to_device(model, o, place):
+    """There, and as fast as it can be there."""
+    model.to(place.device)
     if o.compile:
         # Student and teacher share their code: shapes, a batch of one, depths, no-grad and frozen
         # inputs make a graph each. After eight torch would go on without compiling.
         torch._dynamo.config.recompile_limit = 64
         for part in model.feature_extractor, model.student, model.teacher:
             part.compile()
-    elif model.mask_embedding.device.type == "cpu":
+    elif place.device.type == "cpu":
         spidr.faster_on_cpu(model)
     return model
 
@@ -397,17 +392,15 @@ def speed_up(model, o):
 # ======== model and data ========
 
 
-def initial_model(o, config, place):
+def initial_model(o, config):
     """A new network or that of --init, and its phone inventories."""
     if not o.init:
-        return speed_up(SpidR(config).to(place.device), o), {}
+        return SpidR(config), {}
     training = "codebook_decay", "ema_start", "ema_timescale", "ema_threshold", "layer_drop"
     changes = {name: getattr(config, name) for name in training}
     require(config == Config(**spidr.PRESETS[o.preset] | changes),
             f"--init brings its own network: of Config only {', '.join(changes)}")
-    model, inventory = spidr.load_init(o.init, **changes)
-    check_options(o, model.config)
-    return speed_up(model.to(place.device), o), inventory
+    return spidr.load_init(o.init, **changes)
 
 
 def make_toy(o, place, part):
