@@ -33,6 +33,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -574,7 +575,7 @@ def save_checkpoint(o, place, state, optimizer, done, log, **more):
 
 
 class Log:
-    """A record now and then, on the screen and in metrics.jsonl: the means since the last one."""
+    """Now and then a record, on the screen and in metrics.jsonl: the means since the last one."""
 
     def __init__(self, o, place, length, first=0, totals=None):
         self.o, self.place, self.length = o, place, length
@@ -584,9 +585,9 @@ class Log:
         self.metrics, self.record, self.told, self.began = [], {}, set(), time.time()
         self.heard = torch.zeros(2, dtype=torch.float64)  # samples, bad recordings
         if place.first:
-            if self.path.exists():  # what was logged after the last checkpoint comes again
-                lines = self.path.read_text().splitlines(keepends=True)
-                write_text(self.path, "".join(x for x in lines if step_of(x) <= first))
+            # What was logged after the last checkpoint comes again.
+            lines = self.path.read_text().splitlines(keepends=True)
+            write_text(self.path, "".join(x for x in lines if step_of(x) <= first))
             where = f"{place.world} x {place.device}" + f", from step {first}" * bool(first)
             print(f"{o.out}: {o.preset}, {length} steps on {where}", flush=True)
 
@@ -607,20 +608,20 @@ class Log:
         self.metrics.append(metrics)
 
     def write(self, step):
-        """All ranks call it, because it sums what they heard, and count alike what they skipped."""
-        values, totals = {}, self.totals
+        """All ranks call it: it sums what they heard, and they count alike what they skipped."""
+        values, totals = defaultdict(list), self.totals
         for metrics in self.metrics:
             for name, value in metrics.items():
-                values.setdefault(name, []).append(value.float())
+                values[name].append(value.float())
         means = {name: torch.stack(x).nanmean().item() for name, x in values.items()}
-        samples, bad = all_sum([self.heard.to(self.place.device, torch.float32)])[0].tolist()
-        seconds, audio = time.time() - self.began, samples / data.SAMPLE_RATE
         for skipped in torch.stack(values["skipped"]).tolist():
             totals["skipped"] += int(skipped)
             totals["skipped_in_a_row"] = (totals["skipped_in_a_row"] + 1) * int(skipped)
             require(totals["skipped_in_a_row"] < 20, f"20 steps in a row up to step {step} had no "
                     f"finite gradient: stopped; the checkpoint in {self.o.out} is from before. "
                     "Lower the learning rate, or look at the recordings")
+        samples, bad = all_sum([self.heard.to(self.place.device, torch.float32)])[0].tolist()
+        seconds, audio = time.time() - self.began, samples / data.SAMPLE_RATE
         totals["seconds"] += seconds
         totals["audio_seconds"] += audio
         totals["bad_recordings"] += int(bad)
@@ -628,9 +629,6 @@ class Log:
         self.metrics, self.began = [], time.time()
         self.heard.zero_()
         if self.place.first:
-            if means.get("target_ppl", 9) < 2:
-                self.warn("collapse", f"warning: target_ppl {means['target_ppl']:.2f} at step "
-                          f"{step}: the codebooks are collapsing")
             self.show()
 
     def show(self):
@@ -643,6 +641,8 @@ class Log:
         words = [f"{name} {record[name]:.4g}" for name in shown if record.get(name)]
         left = record["seconds"] / record["step"] * (self.length - record["step"]) / 60
         print(f"step {record['step']}/{self.length}", *words, f"{left:.1f} min left", flush=True)
+        if self.record.get("target_ppl", 9) < 2:
+            self.warn("collapse", "warning: target_ppl is under 2: the codebooks are collapsing")
 
 
 def step_of(line):
