@@ -29,7 +29,6 @@ import math
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -471,6 +470,7 @@ def open_run(o, model, place, rows=(), about=None):
     """The run's folder, new or to be resumed with the same options and audio. Returns its
     checkpoint, or None. What it is about is the model's configuration, unless given."""
     out, described = Path(o.out), Path(o.out, "config.json")
+    on_gpu = place.device.type == "cuda"
     record = {
         "options": asdict(o), "model": about or spidr.released_config(model.config),
         "ranks": place.world,
@@ -478,16 +478,11 @@ def open_run(o, model, place, rows=(), about=None):
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "commit": subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>&-"),
         "torch": torch.__version__, "python": platform.python_version(),
-        "device": device_name(place),
+        "device": torch.cuda.get_device_name(place.device) if on_gpu else platform.processor(),
     }
     record = json.loads(json.dumps(record))  # as it will be read again
     if place.first:
-        claim(out)
-        if o.restart and [*out.glob("*.json*"), *out.glob("*.pt")]:
-            number = next(i for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
-            os.rename(out, f"{out}.{number}")
-            print(f"the run that was there is {out}.{number} now")
-            claim(out)
+        claim(out, o.restart)
     barrier()
     advice = "give another --out, or --restart"
     if described.exists():
@@ -509,11 +504,6 @@ def open_run(o, model, place, rows=(), about=None):
     return None
 
 
-def device_name(place):
-    on_gpu = place.device.type == "cuda"
-    return torch.cuda.get_device_name(place.device) if on_gpu else platform.processor() or "cpu"
-
-
 def comparable(record):
     """What has to be the same when a run resumes."""
     ranks = {"ranks x accumulate": record["ranks"] * record["options"]["accumulate"]}
@@ -521,14 +511,10 @@ def comparable(record):
     return {name: value for name, value in everything.items() if name not in FREE}
 
 
-def claim(out, held={}):
+def claim(out, restart, held={}):
     """One run writes to a folder. The system frees the lock when the process ends, however."""
-    require(not out.exists() or out.is_dir(), f"--out {out} is a file")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / "lock", "a+")
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written: {error}") from None
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / "lock", "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -536,8 +522,13 @@ def claim(out, held={}):
         writer = file.read()
         raise InputError(f"{out} is being written by {writer}: give another --out") from None
     file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
     held[str(out)] = file  # closing it would free the lock
+    if restart and [*out.glob("*.json*"), *out.glob("*.pt")]:
+        number = next(i for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
+        os.rename(out, f"{out}.{number}")
+        print(f"the run that was there is {out}.{number} now")
+        claim(out, restart)
 
 
 def write_text(path, text):
@@ -752,7 +743,7 @@ def benchmark(o, model, place):
     record = {"steps_per_s": 1 / seconds, "audio_s_per_s": audio / seconds,
               "tflop_per_step": work / 1e12, "batch": [batch, samples], "ranks": place.world}
     if on_gpu:
-        name = device_name(place)
+        name = torch.cuda.get_device_name(place.device)
         record |= {"device": name, "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
         record |= {"mfu": work / seconds / peak for part, peak in PEAK.items() if part in name}
     if place.first:
