@@ -51,8 +51,7 @@ from model import Config, InputError, SpidR, all_sum, option, require
 class RunOptions:
     """What every run has."""
 
-    preset: str = option("", "base or tiny; unless given the one of --init's size, else base with "
-                         "audio of your own and tiny with the toy world")
+    preset: str = option("", "base or tiny; unless given that of --init, else tiny on the toy world")
     out: str = option("runs/pretrain", "the run's folder")
     seed: int = option(0, "of the weights, the order, the crops, the masks and dropout")
     device: str = option("", "cuda, cuda:1, mps or cpu; unless given the best there is")
@@ -166,10 +165,6 @@ def move(optimizer, gradients, count, lr, o):
     return {"grad_norm": norm, "skipped": skipped, "lr": torch.tensor(lr)}
 
 
-def trained(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def make_optimizer(model, o):
     named = model.named_parameters()
     parameters = [p for name, p in named if not name.startswith("teacher.")]
@@ -183,16 +178,6 @@ def lr_at(step, o):
         return o.lr * (o.lr_floor + (1 - o.lr_floor) * step / o.warmup_steps)
     decayed = (step - o.warmup_steps - o.hold_steps) / max(1, o.decay_steps)
     return o.lr * o.lr_floor ** min(max(decayed, 0.0), 1.0)
-
-
-def autocast(o, place):
-    on_gpu = place.device.type == "cuda"
-    return torch.autocast(place.device.type, torch.bfloat16, enabled=o.bf16 and on_gpu)
-
-
-def seed_step(*numbers):
-    """Dropout is a function of (seed, step, rank), so no generator's state has to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 # ======== the stage ========
@@ -213,9 +198,8 @@ def main():
     rows, labelled_rows, classes, inventory = read_data(o, place, inventory, o.supervised_every)
     group = place.world * o.accumulate
     unlabelled = data.Batches(rows, model.config, o, group)
-    labelled = None
-    if labelled_rows:
-        labelled = data.Batches(labelled_rows, model.config, o, group, classes, stream=(1,))
+    labelled = labelled_rows and data.Batches(
+        labelled_rows, model.config, o, group, classes, stream=(1,))
     valid = data.Batches(read_rows(o.valid, o), model.config, o, stream=(2,)) if o.valid else None
 
     # ======== model, optimizer ========
@@ -250,8 +234,8 @@ def main():
         if saving or done % o.log_every == 0:
             log.write(done)
         if saving:
-            state = model.state_dict()
-            save_checkpoint(o, place, state, optimizer, done, log, inventories=inventory)
+            save_checkpoint(
+                o, place, model.state_dict(), optimizer, done, log, inventories=inventory)
         if stopping and done < o.steps:
             leave(place, done)
     if place.first:
@@ -375,6 +359,16 @@ def barrier():
         dist.barrier()
 
 
+def autocast(o, place):
+    on_gpu = place.device.type == "cuda"
+    return torch.autocast(place.device.type, torch.bfloat16, enabled=o.bf16 and on_gpu)
+
+
+def seed_step(*numbers):
+    """Dropout is a function of (seed, step, rank), so no generator's state has to be saved."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
 def to_device(model, o, place):
     """There, and as fast as it can be there."""
     model.to(place.device)
@@ -389,7 +383,7 @@ def to_device(model, o, place):
     return model
 
 
-# ======== model and data ========
+# ======== model, optimizer, data ========
 
 
 def initial_model(o, config):
@@ -401,6 +395,10 @@ def initial_model(o, config):
     require(config == Config(**spidr.PRESETS[o.preset] | changes),
             f"--init brings its own network: of Config only {', '.join(changes)}")
     return spidr.load_init(o.init, **changes)
+
+
+def trained(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def make_toy(o, place, part):
