@@ -22,7 +22,6 @@ the "model" in last.pt is phi, from which adapt.py starts. A run that is stopped
 the episode it was in again, to the same bits.
 """
 
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils import get_total_norm
 
 import data
 import model as spidr
@@ -186,8 +186,6 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
             unlabelled = fetch(unlabelled, o, team, 0, log)
             labelled = labelled and fetch(labelled, o, team, 0, log)
             torch._foreach_copy_(theta(model), phi)  # theta_0 = phi, before it forgets
-            if not foblo:
-                add(delta, phi, -1)  # (9) delta -= phi
             for s in range(M + N):
                 step, supervised = update * (M + N) + s, foblo and s >= M
                 step_seed = o.seed, step, worker * team.world + team.rank
@@ -198,14 +196,13 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
                 rate, layer = cyclic_lr(step, o), o.supervised_layer if supervised else 0
                 log.add(train_step(
                     model, optimizers[i], micro_batches, step + 1, rate, o, team, layer))
-                if foblo and s + 1 == M:
-                    add(delta, theta(model), -1)  # (8) delta -= theta_M
+                if s + 1 == M:
+                    add(delta, theta(model) if foblo else phi, -1)  # (8) theta_M, (9) phi
                 if (s + 1) % o.log_every == 0 and s + 1 < M + N:
                     log.write((update * len(workers) + i) * (M + N) + s + 1)
-            add(delta, theta(model), 1)  # (8), (9) delta += theta_{M+N}
-            done = update, i + 1
+            add(delta, theta(model), 1)  # (8), (9) theta_{M+N}
             if i + 1 < len(workers):
-                log.write((update * len(workers) + i + 1) * (M + N))
+                done = update, i + 1
                 save(o, place, model, phi, delta, optimizers, done, log, episodes.inventory)
 
         # phi <- phi + beta * mean over workers of delta. The ranks of a worker hold the same delta.
@@ -213,16 +210,11 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
             d.copy_(all_sum([d.to(place.device)])[0])
         scale = 1 / (o.workers * team.world)
         add(phi, delta, o.beta * scale)  # (8), (9)
-        log.add({"meta_update": torch.tensor(update + 1),
-                 "relative_delta": scale * norm(delta) / norm(phi)})
+        size = scale * get_total_norm(delta) / get_total_norm(phi)
+        log.add({"meta_update": torch.tensor(update + 1), "relative_delta": size})
         torch._foreach_zero_(delta)
         done = update + 1, 0
-        log.write(done[0] * len(workers) * (M + N))
         save(o, place, model, phi, delta, optimizers, done, log, episodes.inventory)
-
-
-def norm(vectors):
-    return torch.stack([v.float().norm() for v in vectors]).norm()
 
 
 # ======== the stage ========
@@ -231,10 +223,11 @@ def norm(vectors):
 def main():
     # ======== options, setup ========
     o, _ = pretrain.parse_options(Options, PRESETS)
-    check_options(o)
+    require(o.method in ("foblo", "reptile"), f"--method {o.method}: foblo or reptile")
     place = pretrain.setup(o)
     torch.manual_seed(o.seed)
-    model, inventory = initial_model(o, place)
+    model, inventory = initial_model(o)
+    pretrain.check_options(o, model.config)
     pretrain.to_device(model, o, place)
     workers, team = lay_out(o, place)
 
@@ -246,17 +239,16 @@ def main():
         model.add_language(language, len(phones))
     optimizers = [pretrain.make_optimizer(model, o) for _ in workers]
     keep = "cpu" if o.offload else place.device
-    phi = [t.to(keep, copy=True) for t in theta(model)]
-    delta = [torch.zeros_like(t) for t in phi]
+    delta = [torch.zeros_like(t, device=keep) for t in theta(model)]
 
     # ======== resume: (meta-updates done, episodes of this process done in the next one) ========
     checkpoint = pretrain.open_run(o, model, place, episodes.rows)
-    done, totals = resume(o, place, checkpoint, phi, delta, optimizers)
+    done, totals = resume(o, place, checkpoint, model, delta, optimizers)
     if done[0] == o.updates:
         return pretrain.finished(o, place)
-    episode = len(workers) * done[0] + done[1]
-    per_episode = o.inner_steps + o.outer_steps
-    log = Log(o, place, len(workers) * o.steps, episode * per_episode, totals)
+    phi = [t.to(keep, copy=True) for t in theta(model)]
+    first = (len(workers) * done[0] + done[1]) * (o.inner_steps + o.outer_steps)
+    log = Log(o, place, len(workers) * o.steps, first, totals)
 
     # ======== loop ========
     model.train()
@@ -267,14 +259,6 @@ def main():
 
 
 # ======== plumbing: skip at first reading ========
-
-
-def check_options(o):
-    require(o.method in ("foblo", "reptile"), f"--method {o.method}: foblo or reptile")
-    require(min(o.workers, o.updates, o.inner_steps) >= 1 and o.outer_steps >= 0,
-            "--workers, --updates and --inner-steps are at least 1, --outer-steps not negative")
-    labels = o.alignments or not o.manifest or o.method == "reptile" or not o.outer_steps
-    require(labels, "--method foblo needs --alignments (reptile does without)")
 
 
 def by_language(rows):
@@ -336,17 +320,11 @@ def lay_out(o, place):
     return workers, Place(place.rank % size, size, place.device, group)
 
 
-def warn(place, message):
-    if place.first:
-        print(f"warning: {message}", file=sys.stderr)
-
-
-def initial_model(o, place):
+def initial_model(o):
     """The network that phi is taken from, and its phone inventories. The options whose default
     depends on it are set."""
     changes = dict(layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=1.0)
     if o.init == "random":
-        warn(place, "a random initialisation; the papers find that none converges")
         model, inventory = SpidR(Config(**spidr.PRESETS[o.preset] | changes)), {}
     else:
         model, inventory = spidr.load_init(o.init, **changes)
@@ -355,9 +333,6 @@ def initial_model(o, place):
         o.beta = 0.01 if labelled and o.method == "foblo" else 0.1
     if not o.supervised_layer:
         o.supervised_layer = max(1, model.config.layers * (8 if labelled else 6) // 12)
-    if (o.beta > 0.1 or 0 < o.beta < 0.001) and o.preset != "tiny":
-        warn(place, f"beta {o.beta}: the papers find above 0.1 unstable and below 0.001 slow")
-    pretrain.check_options(o, model.config)
     return model, inventory
 
 
@@ -368,15 +343,14 @@ def worker_file(o, place, done):
 def save(o, place, model, phi, delta, optimizers, done, log, inventory):
     """Each process writes what it alone knows. Then last.pt, which names the episode, makes that
     count. Then the old files go."""
+    log.write((done[0] * len(optimizers) + done[1]) * (o.inner_steps + o.outer_steps))
     mine = worker_file(o, place, done)
-    names = [name for name in model.state_dict() if name != "current_step"]  # as theta() has them
-    moments = [optimizer.state_dict() for optimizer in optimizers]
-    spidr.save(mine, dict(zip(names, phi)), delta=delta, optimizers=moments)
+    spidr.save(mine, {}, delta=delta, optimizers=[x.state_dict() for x in optimizers])
     pretrain.barrier()
     if place.first:
-        state = model.state_dict() | dict(zip(names, phi))
+        torch._foreach_copy_(theta(model), phi)
         for name in [f"update_{done[0]}.pt"] * (done[0] == o.updates) + ["last.pt"]:
-            spidr.save(Path(o.out) / name, state, done=done, ranks=place.world,
+            spidr.save(Path(o.out) / name, model.state_dict(), done=done, ranks=place.world,
                        totals=log.totals, inventories=inventory)
     pretrain.barrier()
     for old in Path(o.out).glob(f"worker_{place.rank}_*"):
@@ -384,19 +358,17 @@ def save(o, place, model, phi, delta, optimizers, done, log, inventory):
             old.unlink()
 
 
-def resume(o, place, checkpoint, phi, delta, optimizers):
+def resume(o, place, checkpoint, model, delta, optimizers):
     if not checkpoint:
         return (0, 0), None
     ranks, done = checkpoint["ranks"], tuple(checkpoint["done"])
     require(ranks == place.world, f"{o.out} was made by {ranks} processes: only as many resume it")
     _, mine = spidr.read_checkpoint(worker_file(o, place, done))
-    torch._foreach_copy_(phi, list(mine["model"].values()))
+    model.load_state_dict(checkpoint["model"])
     torch._foreach_copy_(delta, mine["delta"])
     for optimizer, state in zip(optimizers, mine["optimizers"]):
         optimizer.load_state_dict(state)
-    totals = checkpoint["totals"]
-    checkpoint.clear()  # it is as large as the model
-    return done, totals
+    return done, checkpoint["totals"]
 
 
 if __name__ == "__main__":

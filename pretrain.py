@@ -208,8 +208,7 @@ def main():
     optimizer = make_optimizer(model, o)
 
     # ======== resume ========
-    checkpoint = open_run(o, model, place, rows)
-    first, totals = resume(checkpoint, model, optimizer)
+    first, totals = resume(open_run(o, model, place, rows), model, optimizer)
     if first >= o.steps:
         return finished(o, place)
     log, stop = Log(o, place, o.steps, first, totals), Stop(place)
@@ -542,9 +541,7 @@ def resume(checkpoint, model, optimizer, name="model"):
         return 0, None
     model.load_state_dict(checkpoint[name])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    step, totals = int(checkpoint["step"]), checkpoint["totals"]
-    checkpoint.clear()  # it is as large as the model and its moments
-    return step, totals
+    return checkpoint["step"], checkpoint["totals"]
 
 
 def is_kept(done, o):
