@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 import data
 import model as spidr
 import pretrain
-from meta_train import forget
+from meta_train import EpisodeOptions, forget
 from model import option, require
 from pretrain import Log, Stop, fetch, lr_at, seed_step, train_step
 
@@ -34,7 +34,7 @@ from pretrain import Log, Stop, fetch, lr_at, seed_step, train_step
 
 
 @dataclass
-class Options(pretrain.StageOptions):
+class Options(EpisodeOptions):
     """The numbers are the papers'."""
 
     init: str = option("runs/meta", "what to adapt: a run or a checkpoint, a released one too")
@@ -50,9 +50,6 @@ class Options(pretrain.StageOptions):
     lr: float = option(5e-6, "after warm-up")
     warmup_steps: int = option(600, "linear warm-up")
     hold_steps: int = option(10**9, "the rest")
-    forgetting: bool = option(True, "fresh codebooks and heads at the start")
-    refit_steps: int = option(20, "SGD steps that fit the fresh heads to the fresh codebooks")
-    refit_lr: float = option(5e-2, "their rate")
     ema_start: float = option(1.0, "the teacher's decay; 1: it stands still")
     codebook_decay: float = option(0.8, "of the codewords' sums and counts")
     items: str = option("", "ABX items of the language: scores before and after")

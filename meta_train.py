@@ -22,9 +22,9 @@ the "model" in last.pt is phi, from which adapt.py starts. A run that is stopped
 the episode it was in again, to the same bits.
 """
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +43,19 @@ from pretrain import Log, Place, autocast, fetch, lr_at, seed_step, train_step
 
 
 @dataclass
-class Options(pretrain.StageOptions):
+class EpisodeOptions(pretrain.StageOptions):
+    """What an episode of meta-training and an adaptation have: they begin alike."""
+
+    forgetting: bool = option(True, "fresh codebooks and heads at the start")
+    refit_steps: int = option(20, "SGD steps that fit the fresh heads to the fresh codebooks")
+    refit_lr: float = option(5e-2, "their rate")
+
+
+@dataclass
+class Options(EpisodeOptions):
     """The numbers are the papers'."""
 
-    init: str = option("runs/pretrain", "where phi starts: a run, a checkpoint, or 'random'")
+    init: str = option("runs/pretrain", "a run or a checkpoint; 'random', which does not converge")
     out: str = option("runs/meta", "the run's folder")
     manifest: str = option("", "CSV, TSV or folder of audio; without one the toy world")
     alignments: str = option("", "phone alignments, which FOBLO's outer loop learns from")
@@ -55,10 +64,7 @@ class Options(pretrain.StageOptions):
     updates: int = option(100, "meta-updates")
     inner_steps: int = option(1_800, "M, self-supervised steps of an episode")
     outer_steps: int = option(200, "N, supervised steps of an episode")
-    beta: float = option(-1.0, "of the meta-update; -1: 0.01 for FOBLO from SSL/SL, else 0.1")
-    forgetting: bool = option(True, "fresh codebooks and heads at the start of an episode")
-    refit_steps: int = option(20, "SGD steps that fit the fresh heads to the fresh codebooks")
-    refit_lr: float = option(5e-2, "their rate")
+    beta: float = option(-1.0, "-1: 0.01 for FOBLO from SSL/SL, else 0.1; more is unstable")
     ramp_steps: int = option(600, "linear ramp of the rate at the start of an episode")
     chunk_seconds: float = option(36_000.0, "audio of a task")
     chunk_min_seconds: float = option(100.0, "a smaller remainder joins its neighbour")
@@ -94,7 +100,7 @@ def make_tasks(rows, o, draw):
     """[(language, recordings)], shuffled. Each language's audio is cut into chunks, anew with each
     draw but always into as many."""
     tasks = []
-    for number, (language, members) in enumerate(by_language(rows)):
+    for number, (language, members) in enumerate(by_language(rows).items()):
         order = np.random.default_rng([o.seed, 4, draw, number]).permutation(len(members))
         members = [members[i] for i in order]
         seconds = np.array([row.num_samples / data.SAMPLE_RATE for row in members])
@@ -265,7 +271,7 @@ def by_language(rows):
     languages = defaultdict(list)
     for row in rows:
         languages[row.language].append(row)
-    return sorted(languages.items())
+    return dict(sorted(languages.items()))
 
 
 class Episodes:
@@ -274,35 +280,29 @@ class Episodes:
 
     def __init__(self, o, config, place, team, inventory):
         supervised = o.method == "foblo" and o.outer_steps > 0
-        self.o, self.common = o, (config, o, team.world * o.accumulate)
         self.rows, labelled, self.classes, self.inventory = pretrain.read_data(
             o, place, inventory, supervised)
-        self.labelled = dict(by_language(labelled))
-        self.check(supervised)
-        self.draw = lru_cache(maxsize=1)(lambda number: make_tasks(self.rows, o, number))
-        self.tasks = len(self.draw(0))
-        for number in range(-(-o.updates * o.workers // self.tasks)):
-            for language, rows in self.draw(number):
-                try:  # what is too small for a batch is told now, not after hours
-                    data.Batches(rows, *self.common)
-                except InputError as error:
-                    raise InputError(f"a task of {language}: {error}") from None
-
-    def check(self, supervised):
-        for language, members in by_language(self.rows):
+        self.labelled, self.common = by_language(labelled), (config, o, team.world * o.accumulate)
+        for language, members in by_language(self.rows).items():
+            seconds = [row.num_samples / data.SAMPLE_RATE for row in members]
             require(language, f"{members[0].where}: meta-training needs every recording's language")
             require(language in self.labelled or not supervised,
-                    f"language {language}: no alignments, which FOBLO's outer loop needs")
-            seconds = [row.num_samples / data.SAMPLE_RATE for row in members]
-            require(sum(seconds) >= self.o.chunk_min_seconds, f"language {language}: "
+                    f"language {language}: no --alignments, which FOBLO's outer loop needs")
+            require(sum(seconds) >= o.chunk_min_seconds, f"language {language}: "
                     f"{sum(seconds):.0f} s of audio are less than --chunk-min-seconds")
-            require(max(seconds) <= self.o.chunk_seconds, f"language {language}: a recording of "
+            require(max(seconds) <= o.chunk_seconds, f"language {language}: a recording of "
                     f"{max(seconds):.0f} s is longer than --chunk-seconds")
+        self.tasks, draw = [], itertools.count()
+        while len(self.tasks) < o.updates * o.workers:
+            self.tasks += make_tasks(self.rows, o, next(draw))
+        for language, rows in self.tasks:
+            try:  # what is too small for a batch is told now, not after hours
+                data.Batches(rows, *self.common)
+            except InputError as error:
+                raise InputError(f"a task of {language}: {error}") from None
 
     def __call__(self, number):
-        """Of episode `number`: the next task of the shuffle, which is drawn anew at its end."""
-        draw, at = divmod(number, self.tasks)
-        language, rows = self.draw(draw)[at]
+        language, rows = self.tasks[number]
         unlabelled, labelled = data.Batches(rows, *self.common, stream=(6, number)), None
         if language in self.labelled:
             labelled = data.Batches(

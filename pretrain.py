@@ -51,7 +51,7 @@ from model import Config, InputError, SpidR, all_sum, option, require
 class RunOptions:
     """What every run has."""
 
-    preset: str = option("", "base or tiny; unless given that of --init, else tiny on the toy world")
+    preset: str = option("", "base or tiny; unless given --init's, else tiny on the toy world")
     out: str = option("runs/pretrain", "the run's folder")
     seed: int = option(0, "of the weights, the order, the crops, the masks and dropout")
     device: str = option("", "cuda, cuda:1, mps or cpu; unless given the best there is")
