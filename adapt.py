@@ -66,26 +66,13 @@ PRESETS = {
 }
 
 
-# ======== data ========
+# ======== how long ========
 
 
 def steps_for(hours):
     """Between 4,000 steps for ten minutes and 24,000 for a hundred hours, by the logarithm."""
     amounts = np.log10([1 / 6, 1, 10, 100])
     return int(np.interp(np.log10(hours), amounts, [4_000, 8_000, 16_000, 24_000]))
-
-
-def subset(rows, seconds, seed):
-    """A random part of the recordings, which together last about so long."""
-    have = seconds_of(rows)
-    require(have >= seconds, f"--budget {seconds:g} s: there are only {have:.0f} s of audio")
-    order = np.random.default_rng([seed, 9]).permutation(len(rows))
-    ends = np.cumsum([rows[i].num_samples for i in order]) / data.SAMPLE_RATE
-    return [rows[i] for i in sorted(order[: np.searchsorted(ends, seconds) + 1])]
-
-
-def seconds_of(rows):
-    return sum(row.num_samples for row in rows) / data.SAMPLE_RATE
 
 
 # ======== (12) low-rank updates: LoRA and DAMA ========
@@ -194,12 +181,10 @@ def main():
         if stopping and done < o.steps:
             pretrain.leave(place, done)
     if place.first:
-        minutes = seconds_of(rows) / 60
-        pretrain.summary(log, f"{o.method} adaptation to {minutes:.1f} min, {o.steps} steps")
-        print(*change_table(model, before), sep="\n")
+        pretrain.summary(log, f"{o.method}, {o.steps} steps on {seconds_of(rows) / 60:.1f} min")
+        print_changes(model, before)
         score(o, place, "after", o.out)
-        print(f"next: python evaluate.py units --model {o.out} --audio {o.audio or 'FOLDER'} "
-              "--out units.jsonl")
+        print(f"next: python evaluate.py units --model {o.out} --audio FOLDER --out units.jsonl")
 
 
 # ======== plumbing: skip at first reading ========
@@ -210,8 +195,6 @@ def check_options(o):
     require(o.basis in ("all", "middle"), f"--basis {o.basis}: middle or all")
     require(1 <= o.rank_min <= o.rank_max,
             f"--rank-min {o.rank_min}, --rank-max {o.rank_max}: 1 <= min <= max")
-    require(not o.items or Path(o.items).is_file(), f"--items {o.items}: no such file")
-    require(not o.items or o.items_audio or o.audio, "--items needs --items-audio, or --audio")
 
 
 @torch.no_grad()
@@ -225,9 +208,9 @@ def merged(model):
 
 
 @torch.no_grad()
-def change_table(model, before):
+def print_changes(model, before):
     """By layer: rank, trained parameters, |W - W0| / |W0| over its four products."""
-    lines = [f"{'layer':>5} {'rank':>5} {'trained':>10} {'change':>9}"]
+    print(f"{'layer':>5} {'rank':>5} {'trained':>10} {'change':>9}")
     for i, (layer, old) in enumerate(zip(model.student.layers, before), 1):
         weights = [linear.weight for linear in linears(layer)]
         rank = "full"
@@ -236,8 +219,7 @@ def change_table(model, before):
         trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
         moved = sum((w - w0).square().sum() for w, w0 in zip(weights, old)).sqrt()
         change = moved / sum(w0.square().sum() for w0 in old).sqrt()
-        lines.append(f"{i:>5} {rank:>5} {trained:>10} {change:>9.2e}")
-    return lines
+        print(f"{i:>5} {rank:>5} {trained:>10} {change:>9.2e}")
 
 
 def audio_rows(o, place):
@@ -253,6 +235,19 @@ def audio_rows(o, place):
         rows = [row for row in rows if row.language == o.language]
         require(rows, f"--language {o.language}: no recordings in {path}")
     return subset(rows, data.parse_seconds(o.budget), o.seed) if o.budget else rows
+
+
+def subset(rows, seconds, seed):
+    """A random part of the recordings, which together last about so long."""
+    have = seconds_of(rows)
+    require(have >= seconds, f"--budget {seconds:g} s: there are only {have:.0f} s of audio")
+    order = np.random.default_rng([seed, 9]).permutation(len(rows))
+    ends = np.cumsum([rows[i].num_samples for i in order]) / data.SAMPLE_RATE
+    return [rows[i] for i in sorted(order[: np.searchsorted(ends, seconds) + 1])]
+
+
+def seconds_of(rows):
+    return sum(row.num_samples for row in rows) / data.SAMPLE_RATE
 
 
 def score(o, place, when, run):

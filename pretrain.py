@@ -300,9 +300,8 @@ def check_optimizer(o):
         if isinstance(value, (int, float)):
             fits = value > 0 or value == 0 and name not in POSITIVE
             require(fits, f"--{name.replace('_', '-')} {value}: too small")
-    betas = o.betas if isinstance(o.betas, (list, tuple)) else ()
-    require(len(betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas),
-            f"--betas {o.betas}: a list of two numbers in [0, 1)")
+    fit = np.shape(o.betas) == (2,) and 0 <= min(o.betas) and max(o.betas) < 1
+    require(fit, f"--betas {o.betas}: a list of two numbers in [0, 1)")
     require(0 <= o.lr_floor <= 1, f"--lr-floor {o.lr_floor}: from 0 to 1")
 
 
@@ -379,7 +378,6 @@ def to_device(model, o, place):
             part.compile()
     elif place.device.type == "cpu":
         spidr.faster_on_cpu(model)
-    return model
 
 
 # ======== model, optimizer, data ========
@@ -475,7 +473,7 @@ def open_run(o, model, place, rows=(), about=None):
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "commit": subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>&-"),
         "torch": torch.__version__, "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(place.device) if on_gpu else platform.processor(),
+        "device": torch.cuda.get_device_name(place.device) if on_gpu else str(place.device),
     }
     record = json.loads(json.dumps(record))  # as it will be read again
     if place.first:
