@@ -579,13 +579,9 @@ class Log:
         for batch in batches:
             self.heard += torch.tensor([batch["wav"].numel(), len(batch["bad"])])
             for path, message in batch["bad"]:
-                self.warn(path, f"skipped: {message}")
-
-    def warn(self, key, message):
-        """Once for each key."""
-        if key not in self.told:
-            print(message, file=sys.stderr)
-        self.told.add(key)
+                if path not in self.told:
+                    print("skipped:", message, file=sys.stderr)
+                self.told.add(path)
 
     def add(self, metrics):
         """Nothing waits for a GPU here."""
@@ -612,10 +608,8 @@ class Log:
         self.record = {"step": step, **means, "audio_s_per_s": audio / seconds, **totals}
         self.metrics, self.began = [], time.time()
         self.heard.zero_()
-        if self.place.first:
-            self.show()
-
-    def show(self):
+        if not self.place.first:
+            return
         # JSON knows neither NaN nor infinity.
         record = {name: x if math.isfinite(x) else None for name, x in self.record.items()}
         with open(self.path, "a") as file:
@@ -623,10 +617,10 @@ class Log:
         shown = ("meta_update relative_delta loss target_ppl accuracy phone_loss phone_accuracy "
                  "valid_loss lr audio_s_per_s").split()
         words = [f"{name} {record[name]:.4g}" for name in shown if record.get(name)]
-        left = record["seconds"] / record["step"] * (self.length - record["step"]) / 60
-        print(f"step {record['step']}/{self.length}", *words, f"{left:.1f} min left", flush=True)
-        if self.record.get("target_ppl", 9) < 2:
-            self.warn("collapse", "warning: target_ppl is under 2: the codebooks are collapsing")
+        if means.get("target_ppl", 9) < 2:
+            words.append("(warning: the codebooks are collapsing)")
+        left = totals["seconds"] / step * (self.length - step) / 60
+        print(f"step {step}/{self.length}", *words, f"{left:.1f} min left", flush=True)
 
 
 def step_of(line):
