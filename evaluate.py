@@ -897,8 +897,7 @@ def train_lm(arguments):
 
     # ======== resume ========
     about = header | dict(utterances=len(units), tokens=sum(map(len, sequences)))
-    checkpoint = open_run(o, lm, place, about=about)
-    first, totals = resume(checkpoint, lm, optimizer)
+    first, totals = resume(open_run(o, lm, place, about=about), lm, optimizer)
     if first >= o.steps:
         return finished(o, place)
     log, stop = Log(o, place, o.steps, first, totals), Stop(place)
