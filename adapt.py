@@ -153,8 +153,8 @@ def main():
     optimizer = pretrain.make_optimizer(model, o)
 
     # ======== resume ========
-    checkpoint = pretrain.open_run(o, model, place, rows)
-    first, totals = pretrain.resume(checkpoint, model, optimizer, "unmerged")
+    first, totals = pretrain.resume(
+        pretrain.open_run(o, model, place, rows), model, optimizer, "unmerged")
     if first >= o.steps:
         score(o, place, "after", o.out)
         return pretrain.finished(o, place)

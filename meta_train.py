@@ -74,8 +74,7 @@ class Options(EpisodeOptions):
     decay_steps: int = option(100_000, "exponential decay")
     layer_drop: float = option(0.05, "of the student")
     codebook_decay: float = option(0.9, "of the codewords' sums and counts")
-    supervised_layer: int = option(0, "whose output the phone classifiers read; 0: 8 of 12 from an "
-                                   "SSL/SL init, else 6")
+    supervised_layer: int = option(0, "that tells phones; 0: 8 of 12 from SSL/SL, else 6")
 
     @property
     def steps(self):
@@ -248,8 +247,8 @@ def main():
     delta = [torch.zeros_like(t, device=keep) for t in theta(model)]
 
     # ======== resume: (meta-updates done, episodes of this process done in the next one) ========
-    checkpoint = pretrain.open_run(o, model, place, episodes.rows)
-    done, totals = resume(o, place, checkpoint, model, delta, optimizers)
+    done, totals = resume(
+        o, place, pretrain.open_run(o, model, place, episodes.rows), model, delta, optimizers)
     if done[0] == o.updates:
         return pretrain.finished(o, place)
     phi = [t.to(keep, copy=True) for t in theta(model)]
