@@ -74,7 +74,7 @@ class Options(EpisodeOptions):
     decay_steps: int = option(100_000, "exponential decay")
     layer_drop: float = option(0.05, "of the student")
     codebook_decay: float = option(0.9, "of the codewords' sums and counts")
-    supervised_layer: int = option(0, "that tells phones; 0: 8 of 12 from SSL/SL, else 6")
+    supervised_layer: int = option(0, "read by phone classifiers; 0: 8 of 12 from SSL/SL, else 6")
 
     @property
     def steps(self):

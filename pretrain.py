@@ -51,7 +51,7 @@ from model import Config, InputError, SpidR, all_sum, option, require
 class RunOptions:
     """What every run has."""
 
-    preset: str = option("", "base or tiny; unless given --init's, else tiny on the toy world")
+    preset: str = option("", "base or tiny; by default --init's, or tiny on the toy world, or base")
     out: str = option("runs/pretrain", "the run's folder")
     seed: int = option(0, "of the weights, the order, the crops, the masks and dropout")
     device: str = option("", "cuda, cuda:1, mps or cpu; unless given the best there is")
@@ -278,11 +278,12 @@ def parse_options(options, presets, config=None, argv=None):
     preset = given.get("preset") or preset_of(given.get("init", getattr(options, "init", "")))
     preset = preset or ("base" if given.get("manifest") or given.get("audio") else "tiny")
     require(preset in presets, f"--preset {preset}: one of {', '.join(presets)}")
-    sizes = {name: given.pop(name) for name in list(given) if not hasattr(options, name)}
+    mine = {name: value for name, value in given.items() if hasattr(options, name)}
+    sizes = {name: value for name, value in given.items() if name not in mine}
     usual = options(**presets[preset])
-    o = replace(usual, **given | dict(preset=preset))
+    o = replace(usual, **mine | dict(preset=preset))
     if o.steps and usual.steps:  # a longer or shorter run stretches its schedule along
-        for name in SCHEDULE - given.keys() & vars(o).keys():
+        for name in SCHEDULE & (vars(o).keys() - mine.keys()):
             setattr(o, name, round(getattr(usual, name) * (o.steps / usual.steps)))
     return o, config and config(**spidr.PRESETS[preset] | sizes)
 
@@ -444,11 +445,11 @@ def fetch(batches, o, place, first, log):
 
 
 @torch.no_grad()
-def validate(model, batches, o, place, most=20):
+def validate(model, batches, o, place):
     """The loss on the first batches of a validation set, whose crops and masks stay the same."""
     model.eval()
     total = torch.zeros(2, device=place.device)
-    for i in range(place.rank, min(most, batches.per_epoch), place.world):
+    for i in range(place.rank, min(20, batches.per_epoch), place.world):
         batch = batches[i]
         with autocast(o, place):
             _, stats = model(batch["wav"].to(place.device), batch["mask"])
@@ -561,7 +562,7 @@ def save_checkpoint(o, place, state, optimizer, done, log, **more):
 class Log:
     """Now and then a record, on the screen and in metrics.jsonl: the means since the last one."""
 
-    def __init__(self, o, place, length, first=0, totals=None):
+    def __init__(self, o, place, length, first, totals):
         self.o, self.place, self.length = o, place, length
         self.path = Path(o.out) / "metrics.jsonl"
         self.totals = totals or dict(
