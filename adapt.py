@@ -11,10 +11,14 @@ In: a run or checkpoint of any stage, or a released one, and a folder or manifes
     a downsampler, a projection and a teacher that stand still
     W = W0 + B A in the place of W0, with --method lora or dama   (12) low-rank updates
 
-At the end a table tells for each layer its rank, what was trained, and how far it moved; with
---items also the ABX error before and after.
+A tenth of the recordings is held out. At the end a table tells for each layer its rank, what was
+trained, and how far it moved; another one how the loss went on the recordings held out, which is
+what one knows of a language without labels; with --items also the ABX error before and after.
 """
 
+import json
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +43,7 @@ class Options(EpisodeOptions):
 
     init: str = option("runs/meta", "what to adapt: a run or a checkpoint, a released one too")
     audio: str = option("", "folder or manifest of unlabelled audio; without one the toy world's")
+    held_out: float = option(0.1, "part of the audio that only tells how adaptation goes; or 0")
     language: str = option("", "of the audio, all unless given; of the toy world, goxi")
     budget: str = option("", "a random part of the audio: 10min, 1h, 90s")
     out: str = option("runs/adapt", "the run's folder")
@@ -61,8 +66,8 @@ class Options(EpisodeOptions):
 PRESETS = {
     "base": {},
     "tiny": pretrain.TINY | dict(
-        steps=200, lr=5e-4, lr_floor=0.05, warmup_steps=20, batch_samples=256_000,
-        max_samples=64_000, rank_max=16, log_every=50, save_every=50),
+        steps=200, lr=5e-4, lr_floor=0.05, warmup_steps=20, rank_max=16, log_every=50,
+        save_every=50),
 }
 
 
@@ -142,7 +147,9 @@ def main():
     rows = audio_rows(o, place)
     o.steps = o.steps or steps_for(seconds_of(rows) / 3600)
     pretrain.check_options(o, model.config)
+    rows, held_out = hold_out(rows, o)
     unlabelled = data.Batches(rows, model.config, o, place.world * o.accumulate)
+    held_out = data.Batches(held_out, model.config, o, stream=(2,)) if held_out else None
 
     # ======== model, optimizer ========
     before = [[linear.weight.detach().clone() for linear in linears(layer)]
@@ -169,10 +176,15 @@ def main():
         micro_batches = next(batches)
         if step == 0 and o.forgetting:
             forget(model, micro_batches, o, place, (o.seed, 8), step_seed)  # (11)
+        if step == 0 and held_out:
+            log.add(pretrain.validate(model, held_out, o, place))
+            log.write(0)
         seed_step(*step_seed)
         log.add(train_step(model, optimizer, micro_batches, done, lr_at(step, o), o, place))
         stopping = stop.agreed(done)
         saving = stopping or done % o.save_every == 0 or pretrain.is_kept(done, o)
+        if saving and held_out:
+            log.add(pretrain.validate(model, held_out, o, place))
         if saving or done % o.log_every == 0:
             log.write(done)
         if saving:
@@ -183,6 +195,7 @@ def main():
     if place.first:
         pretrain.summary(log, f"{o.method}, {o.steps} steps on {seconds_of(rows) / 60:.1f} min")
         print_changes(model, before)
+        print_held_out(log.path)
         score(o, place, "after", o.out)
         print(f"next: python evaluate.py units --model {o.out} --audio FOLDER --out units.jsonl")
 
@@ -193,6 +206,7 @@ def main():
 def check_options(o):
     require(o.method in ("full", "lora", "dama"), f"--method {o.method}: full, lora or dama")
     require(o.basis in ("all", "middle"), f"--basis {o.basis}: middle or all")
+    require(0 <= o.held_out < 1, f"--held-out {o.held_out}: from 0 to less than 1")
     require(1 <= o.rank_min <= o.rank_max,
             f"--rank-min {o.rank_min}, --rank-max {o.rank_max}: 1 <= min <= max")
 
@@ -220,6 +234,29 @@ def print_changes(model, before):
         moved = sum((w - w0).square().sum() for w, w0 in zip(weights, old)).sqrt()
         change = moved / sum(w0.square().sum() for w0 in old).sqrt()
         print(f"{i:>5} {rank:>5} {trained:>10} {change:>9.2e}")
+
+
+def print_held_out(path):
+    """How the loss went on the audio that was held out: all that one knows without labels."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [record for record in records if record.get("valid_loss") is not None]
+    if not records:
+        return
+    names = "loss", "accuracy", "target_ppl", "active"
+    print("held out, step", *(f"{name:>10}" for name in names))
+    for record in records:
+        print(f"{record['step']:>14}", *(f"{record['valid_' + name]:>10.3f}" for name in names))
+    best = min(records[1:] or records, key=lambda record: record["valid_loss"])
+    if records[-1]["valid_loss"] > 1.02 * best["valid_loss"]:
+        print(f"warning: the loss on held-out audio has risen since step {best['step']}: so many "
+              "steps may be too many for so little audio", file=sys.stderr)
+
+
+def hold_out(rows, o):
+    """The recordings to learn from, and those to follow the loss on."""
+    order = np.random.default_rng([o.seed, 10]).permutation(len(rows))
+    count = min(math.ceil(o.held_out * len(rows)), len(rows) - 1)  # one is left to learn from
+    return [[rows[i] for i in sorted(part)] for part in (order[count:], order[:count])]
 
 
 def audio_rows(o, place):

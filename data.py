@@ -56,8 +56,8 @@ def make_mask(batch, frames, rng, prob=0.8, span=10):
 # ======== batches ========
 # Randomness for one purpose has its own number after the seed, the stream: 0 unlabelled batches,
 # 1 labelled ones, 2 validation; in meta-training 4 chunks, 5 their order, 6 and 7 the batches of an
-# episode; 9 the budget of adapt.py. After it come the epoch and what is drawn: [epoch] the order,
-# [epoch, batch, 2] a mask, [epoch, recording, 1] a crop.
+# episode; in adaptation 9 the budget, 10 what is held out. After it come the epoch and what is
+# drawn: [epoch] the order, [epoch, batch, 2] a mask, [epoch, recording, 1] a crop.
 
 
 def make_buckets(lengths, index, budget, ratio=1.2):

@@ -104,13 +104,14 @@ class Options(StageOptions):
 
 # tiny departs from the papers in numbers only, so that minutes show something: small steps (four
 # crops of 4 s) at a higher rate, shorter spans, and half of the steps supervised, on layer 3 of 4.
-TINY = dict(crop_multiple=16_000, mask_prob=0.6, mask_span=8)
+TINY = dict(batch_samples=256_000, max_samples=64_000, crop_multiple=16_000, mask_prob=0.6,
+            mask_span=8)
 PRESETS = {
     "base": {},
     "tiny": TINY | dict(
         steps=1500, lr=1.2e-3, lr_floor=0.05, warmup_steps=80, hold_steps=650, decay_steps=770,
-        freeze_step=1500, batch_samples=256_000, max_samples=64_000, supervised_every=2,
-        supervised_layer=3, log_every=100, save_every=250, keep_every=0),
+        freeze_step=1500, supervised_every=2, supervised_layer=3, log_every=100, save_every=250,
+        keep_every=0),
 }
 
 
@@ -229,7 +230,7 @@ def main():
         stopping = stop.agreed(done)
         saving = stopping or done % o.save_every == 0 or is_kept(done, o)
         if saving and valid:
-            log.add({"valid_loss": validate(model, valid, o, place)})
+            log.add(validate(model, valid, o, place))
         if saving or done % o.log_every == 0:
             log.write(done)
         if saving:
@@ -446,17 +447,17 @@ def fetch(batches, o, place, first, log):
 
 @torch.no_grad()
 def validate(model, batches, o, place):
-    """The loss on the first batches of a validation set, whose crops and masks stay the same."""
+    """The health of the model on the first batches of held-out audio, whose crops and masks stay
+    the same. All ranks compute it, so that none has to tell the others."""
     model.eval()
-    total = torch.zeros(2, device=place.device)
-    for i in range(place.rank, min(20, batches.per_epoch), place.world):
-        batch = batches[i]
+    stats = {}
+    for i in range(min(20, batches.per_epoch)):
         with autocast(o, place):
-            _, stats = model(batch["wav"].to(place.device), batch["mask"])
-        total += torch.stack([stats["loss"].mean(), stats["frames"]])
+            _, part = model(batches[i]["wav"].to(place.device), batches[i]["mask"])
+        stats = {name: stats.get(name, 0) + value for name, value in part.items()}
     model.train()
-    loss, frames = all_sum([total])[0]
-    return loss / frames
+    health = model.health(stats)
+    return {f"valid_{name}": health[name] for name in ("loss", "accuracy", "target_ppl", "active")}
 
 
 # ======== the run's folder ========
@@ -595,7 +596,7 @@ class Log:
             for name, value in metrics.items():
                 values[name].append(value.float())
         means = {name: torch.stack(x).nanmean().item() for name, x in values.items()}
-        for skipped in torch.stack(values["skipped"]).tolist():
+        for skipped in values["skipped"]:
             totals["skipped"] += int(skipped)
             totals["skipped_in_a_row"] = (totals["skipped_in_a_row"] + 1) * int(skipped)
             require(totals["skipped_in_a_row"] < 20, f"20 steps in a row up to step {step} had no "
@@ -620,7 +621,7 @@ class Log:
         words = [f"{name} {record[name]:.4g}" for name in shown if record.get(name)]
         if means.get("target_ppl", 9) < 2:
             words.append("(warning: the codebooks are collapsing)")
-        left = totals["seconds"] / step * (self.length - step) / 60
+        left = totals["seconds"] / max(1, step) * (self.length - step) / 60
         print(f"step {step}/{self.length}", *words, f"{left:.1f} min left", flush=True)
 
 
