@@ -291,10 +291,11 @@ def parse_options(options, presets, config=None, argv=None):
 
 def preset_of(init):
     """The preset whose network a run or checkpoint has. Its numbers are made for that size."""
-    for path in Path(init, "config.json"), Path(init).parent / "config.json":
-        if init and path.is_file():
-            sizes = {Config(**changes).dim: name for name, changes in spidr.PRESETS.items()}
-            return sizes.get(spidr.read_config(path).dim)
+    path = spidr.locate(init)
+    if init and path.exists():
+        folder = path if path.is_dir() else path.parent
+        sizes = {Config(**changes).dim: name for name, changes in spidr.PRESETS.items()}
+        return sizes.get(spidr.read_config(folder / "config.json").dim)
 
 
 def check_optimizer(o):
