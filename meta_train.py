@@ -340,8 +340,8 @@ def worker_file(o, place, done):
 
 
 def save(o, place, model, phi, delta, optimizers, done, log, inventory):
-    """Each process writes what it alone knows. Then last.pt, which names the episode, makes that
-    count. Then the old files go."""
+    """A record in the log; then each process writes what it alone knows. Then last.pt, which names
+    the episode and has phi, makes that count. Then the old files go."""
     log.write((done[0] * len(optimizers) + done[1]) * (o.inner_steps + o.outer_steps))
     mine = worker_file(o, place, done)
     spidr.save(mine, {}, delta=delta, optimizers=[x.state_dict() for x in optimizers])

@@ -110,8 +110,7 @@ PRESETS = {
     "base": {},
     "tiny": TINY | dict(
         steps=1500, lr=1.2e-3, lr_floor=0.05, warmup_steps=80, hold_steps=650, decay_steps=770,
-        freeze_step=1500, supervised_every=2, supervised_layer=3, log_every=100, save_every=250,
-        keep_every=0),
+        freeze_step=1500, supervised_every=2, supervised_layer=3, save_every=250, keep_every=0),
 }
 
 
