@@ -16,13 +16,19 @@ meta-update, and in it for each worker, an episode on one task, some hours of on
                     audio of the language
     phi <- phi + beta * mean over workers of (theta_{M+N} - theta_M)        (8)  FOBLO
     phi <- phi + beta * mean over workers of (theta_{M+N} - phi)            (9)  Reptile
+    phi <- phi - beta * mean over workers of the gradient to phi of the
+                        supervised loss at theta_M                          (10) MAML
 
-In Reptile, the baseline, all M + N steps are self-supervised. --out holds what pretraining writes;
+In Reptile, the baseline, all M + N steps are self-supervised. MAML is what FOBLO spares itself:
+--measure compares the two. --out holds what pretraining writes;
 the "model" in last.pt is phi, from which adapt.py starts. A run that is stopped or killed starts
 the episode it was in again, to the same bits.
 """
 
 import itertools
+import json
+import resource
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +37,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import get_total_norm
+from torch.utils.checkpoint import checkpoint
 
 import data
 import model as spidr
@@ -59,7 +69,9 @@ class Options(EpisodeOptions):
     out: str = option("runs/meta", "the run's folder")
     manifest: str = option("", "CSV, TSV or folder of audio; without one the toy world")
     alignments: str = option("", "phone alignments, which FOBLO's outer loop learns from")
-    method: str = option("foblo", "foblo or reptile")
+    method: str = option("foblo", "foblo, reptile or maml")
+    maml_lr: float = option(0.05, "of MAML's inner steps, which are SGD")
+    measure: bool = option(False, "only measure an episode of FOBLO and MAML: JSON lines")
     workers: int = option(8, "episodes of a meta-update")
     updates: int = option(100, "meta-updates")
     inner_steps: int = option(1_800, "M, self-supervised steps of an episode")
@@ -191,21 +203,26 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
             unlabelled = fetch(unlabelled, o, team, 0, log)
             labelled = labelled and fetch(labelled, o, team, 0, log)
             torch._foreach_copy_(theta(model), phi)  # theta_0 = phi, before it forgets
+            if not foblo:
+                add(delta, phi, -1)  # (9), (10) delta -= phi
             for s in range(M + N):
                 step, supervised = update * (M + N) + s, foblo and s >= M
                 step_seed = o.seed, step, worker * team.world + team.rank
                 micro_batches = next(labelled if supervised else unlabelled)
                 if s == 0 and o.forgetting:
                     forget(model, micro_batches, o, team, (o.seed, step, worker, 8), step_seed)
+                if o.method == "maml":
+                    log.add(maml(model, o, micro_batches, unlabelled, labelled))  # all steps at once
+                    break
                 seed_step(*step_seed)
                 rate, layer = cyclic_lr(step, o), o.supervised_layer if supervised else 0
                 log.add(train_step(
                     model, optimizers[i], micro_batches, step + 1, rate, o, team, layer))
-                if s + 1 == M:
-                    add(delta, theta(model) if foblo else phi, -1)  # (8) theta_M, (9) phi
+                if foblo and s + 1 == M:
+                    add(delta, theta(model), -1)  # (8) delta -= theta_M
                 if (s + 1) % o.log_every == 0 and s + 1 < M + N:
                     log.write((update * len(workers) + i) * (M + N) + s + 1)
-            add(delta, theta(model), 1)  # (8), (9) theta_{M+N}
+            add(delta, theta(model), 1)  # (8), (9), (10) delta += theta_{M+N}
             if i + 1 < len(workers):
                 done = update, i + 1
                 save(o, place, model, phi, delta, optimizers, done, log, episodes.inventory)
@@ -214,12 +231,79 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
         for d in delta:
             d.copy_(all_sum([d.to(place.device)])[0])
         scale = 1 / (o.workers * team.world)
-        add(phi, delta, o.beta * scale)  # (8), (9)
+        add(phi, delta, o.beta * scale)  # (8), (9), (10)
         size = scale * get_total_norm(delta) / get_total_norm(phi)
         log.add({"meta_update": torch.tensor(update + 1), "relative_delta": size})
         torch._foreach_zero_(delta)
         done = update + 1, 0
         save(o, place, model, phi, delta, optimizers, done, log, episodes.inventory)
+
+
+# ======== (10) MAML, for comparison ========
+# The exact gradient to phi of the supervised loss at theta_M goes back through all M inner steps,
+# here plain SGD: it needs their second derivatives, and keeps all that they computed. FOBLO stops
+# at theta_M. Its time and its memory do not grow with M.
+
+
+class Loss(nn.Module):
+    """A loss as a forward pass, which functional_call makes at other weights than the model's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, layer):
+        model, device = self.model, self.model.mask_embedding.device
+        wav = batch["wav"].to(device)
+        if layer:
+            phones = batch["phones"].to(device)
+            return model.supervised_loss(wav, batch["mask"], phones, batch["language"], layer)
+        return model(wav, batch["mask"])
+
+
+def meta_gradient(model, o, inner, outer, exact=True, checkpointed=False):
+    """(10) {parameter: gradient of the loss of the batches `outer` at theta_M}, and that loss. If
+    not exact, the gradient to theta_M, which FOBLO follows."""
+    loss_of = Loss(model)
+    names, phi = zip(*((name, p) for name, p in loss_of.named_parameters() if p.requires_grad))
+    codebooks = [t for codebook in model.codebooks for t in codebook.buffers()]
+    seen = [[t.clone() for t in codebooks]]  # by inner step, which may be computed once more
+
+    def inner_step(s, *theta):
+        torch._foreach_copy_(codebooks, seen[s])
+        loss, stats = functional_call(loss_of, dict(zip(names, theta)), (inner[s], 0))
+        gradients = torch.autograd.grad(loss, theta, create_graph=exact, materialize_grads=True)
+        model.update_codebooks(stats)
+        seen.insert(s + 1, [t.clone() for t in codebooks])
+        return tuple(p - o.maml_lr * gradient for p, gradient in zip(theta, gradients))
+
+    theta = phi
+    for s in range(len(inner)):
+        if checkpointed:
+            theta = checkpoint(inner_step, s, *theta, use_reentrant=False)
+        else:
+            theta = inner_step(s, *theta)
+        if not exact:
+            theta = tuple(p.detach().requires_grad_() for p in theta)
+    at_theta = dict(zip(names, theta))
+    losses = [functional_call(loss_of, at_theta, (b, o.supervised_layer))[0] for b in outer]
+    loss = sum(losses) / len(losses)
+    gradients = torch.autograd.grad(loss, phi if exact else theta, materialize_grads=True)  # (10)
+    return dict(zip(names, gradients)), loss.detach()
+
+
+def maml(model, o, first, unlabelled, labelled):
+    """An episode. It leaves phi - the gradient in the model, as if that were theta_{M+N}."""
+    inner = first + [next(unlabelled)[0] for _ in range(o.inner_steps - 1)]
+    outer = [next(labelled)[0] for _ in range(max(1, o.outer_steps))]
+    with sdpa_kernel(SDPBackend.MATH):  # no other attention kernel has a second derivative
+        gradients, loss = meta_gradient(model, o, inner, outer)
+    skipped = ~torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all()
+    parameters = dict(Loss(model).named_parameters())
+    with torch.no_grad():
+        for name, gradient in gradients.items():
+            parameters[name].sub_(torch.where(skipped, 0, gradient))  # (10)
+    return {"phone_loss": loss, "skipped": skipped.float()}
 
 
 # ======== the stage ========
@@ -228,12 +312,15 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
 def main():
     # ======== options, setup ========
     o, _ = pretrain.parse_options(Options, PRESETS)
-    require(o.method in ("foblo", "reptile"), f"--method {o.method}: foblo or reptile")
     place = pretrain.setup(o)
+    check_options(o, place)
     torch.manual_seed(o.seed)
     model, inventory = initial_model(o)
     pretrain.check_options(o, model.config)
-    pretrain.to_device(model, o, place)
+    if o.method == "maml" or o.measure:  # what is faster on a CPU has no second derivative
+        model.to(place.device)
+    else:
+        pretrain.to_device(model, o, place)
     workers, team = lay_out(o, place)
 
     # ======== data ========
@@ -242,6 +329,8 @@ def main():
     # ======== model, optimizers, vectors ========
     for language, phones in episodes.inventory.items():
         model.add_language(language, len(phones))
+    if o.measure:
+        return measure(model.train(), o, episodes, place)
     optimizers = [pretrain.make_optimizer(model, o) for _ in workers]
     keep = "cpu" if o.offload else place.device
     delta = [torch.zeros_like(t, device=keep) for t in theta(model)]
@@ -266,6 +355,46 @@ def main():
 # ======== plumbing: skip at first reading ========
 
 
+def check_options(o, place):
+    methods = "foblo", "reptile", "maml"
+    require(o.method in methods, f"--method {o.method}: one of {', '.join(methods)}")
+    alone = place.world == o.accumulate == 1
+    require(alone or not (o.measure or o.method == "maml"), "MAML runs in one process, with "
+            "one micro-batch a step")
+    require(o.method != "maml" or o.outer_steps > 0, "MAML needs --outer-steps")
+
+
+def measure(model, o, episodes, place):
+    """Seconds and peak memory of the meta-gradient of an episode, as FOBLO and as MAML take it, in
+    the order of the memory that they need."""
+    unlabelled, labelled = episodes(0)
+    inner = [unlabelled[i] for i in range(o.inner_steps)]
+    outer = [labelled[i] for i in range(max(1, o.outer_steps))]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    every, plain, first = [*SDPBackend.__members__.values()][1:], [SDPBackend.MATH], None
+    for way, kernels, how in (
+        ("foblo", every, dict(exact=False)),
+        ("foblo, math attention", plain, dict(exact=False)),
+        ("maml, checkpointed", plain, dict(checkpointed=True)),
+        ("maml", plain, dict()),
+    ):
+        model.load_state_dict(before)
+        if o.forgetting:
+            forget(model, inner[:1], o, place, (o.seed, 8), (o.seed,))
+        began = time.perf_counter()
+        with sdpa_kernel(kernels):
+            gradients, loss = meta_gradient(model, o, inner, outer, **how)
+        vector = torch.cat([gradient.flatten() for gradient in gradients.values()])
+        first = vector if first is None else first
+        record = {"way": way, "inner_steps": o.inner_steps, "loss": loss.item(),
+                  "cosine": F.cosine_similarity(first, vector, dim=0).item(),
+                  "seconds": time.perf_counter() - began}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if place.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        print(json.dumps(record | {"peak_memory_gib": round(peak / 2**30, 3)}), flush=True)
+
+
 def by_language(rows):
     languages = defaultdict(list)
     for row in rows:
@@ -278,7 +407,7 @@ class Episodes:
     labelled ones of the same language."""
 
     def __init__(self, o, config, place, team, inventory):
-        supervised = o.method == "foblo" and o.outer_steps > 0
+        supervised = o.method != "reptile" and o.outer_steps > 0
         self.rows, labelled, self.classes, self.inventory = pretrain.read_data(
             o, place, inventory, supervised)
         self.labelled, self.common = by_language(labelled), (config, o, team.world * o.accumulate)

@@ -792,6 +792,41 @@ def test_meta_training_identities(cli, toy, reference, meta_run, monkeypatch):
     assert run(*args) == 0
 
 
+def test_maml_is_the_gradient_of_the_loss_after_the_inner_steps(float64):
+    model = formula_model(32, 3, 64, 2, "layer_norm", 0.3, ema_start=1.0).train()
+    model.supervised_classifiers["x"] = classifier(32, 5)
+    *inner, outer = [formula_batch(8000, i, i + 2) for i in range(3)]
+    o, start = meta_train.Options(maml_lr=0.02, supervised_layer=2), copied(model.state_dict())
+
+    def gradient(**how):
+        model.load_state_dict(start, strict=False)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return meta_train.meta_gradient(model, o, inner, [outer], **how)
+
+    exact, first = gradient()[0], gradient(exact=False)[0]
+    same(exact, gradient(checkpointed=True)[0], 1e-12)
+    for name in "student.layers.0.attention.qkv.weight", "heads.0.0.weight", "mask_embedding":
+        slope, losses = exact[f"model.{name}"], []
+        for step in 1e-7, -1e-7:
+            start[name] += step * slope / slope.norm()
+            losses.append(gradient()[1].item())
+            start[name] -= step * slope / slope.norm()
+        near((losses[0] - losses[1]) / 2e-7, slope.norm(), 1e-4)
+        assert not torch.allclose(first[f"model.{name}"], slope, rtol=0.01)
+    assert first["model.heads.0.0.weight"].norm() == 0  # FOBLO sees no way from a head to phi
+
+
+def test_maml_trains_and_is_measured(cli, toy, reference):
+    args = meta(toy, reference, "--method", "maml", "--workers", 1, "--updates", 1, "--beta", 1)
+    assert cli(meta_train, *args, "--out", "maml")[0] == 0
+    names = moved(reference, "maml")
+    assert any("attention" in name for name in names) and not any("teacher" in n for n in names)
+    code, out, _ = cli(meta_train, *args, "--measure", "--out", "none")
+    records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert code == 0 and [r["way"] for r in records][::3] == ["foblo", "maml"]
+    assert records[0]["loss"] == pytest.approx(records[-1]["loss"], rel=1e-3)
+
+
 def test_meta_training_starts_the_episode_again(cli, toy, reference, meta_run, monkeypatch):
     def save_one_file(*args, save=spidr.save, **more):
         save(*args, **more)
