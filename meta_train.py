@@ -211,8 +211,8 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
                 micro_batches = next(labelled if supervised else unlabelled)
                 if s == 0 and o.forgetting:
                     forget(model, micro_batches, o, team, (o.seed, step, worker, 8), step_seed)
-                if o.method == "maml":
-                    log.add(maml(model, o, micro_batches, unlabelled, labelled))  # all steps at once
+                if o.method == "maml":  # all steps of the episode at once
+                    log.add(maml(model, o, micro_batches, unlabelled, labelled))
                     break
                 seed_step(*step_seed)
                 rate, layer = cyclic_lr(step, o), o.supervised_layer if supervised else 0
