@@ -10,6 +10,7 @@
     python evaluate.py lm       --units U.jsonl --out LM
     python evaluate.py swuggy | sblimp | tsc  --lm LM --model M --data FOLDER
     python evaluate.py compare  RUN [RUN ...]   adapted runs side by side
+    python evaluate.py look     --model M --audio A [--alignments P.csv]    a page to see and hear
 
 `features` writes what a layer makes of each recording, [T, D], and `units` the codewords that its
 head predicts, [T], both at 50 Hz; frame i stands at (i + 1/2) / 50 s. `abx` asks whether a token of
@@ -24,13 +25,18 @@ Features and units carry a hash of their model, so that they are never taken for
 """
 
 import argparse
+import base64
 import csv
 import hashlib
+import html
+import io
 import itertools
 import json
 import math
 import os
+import struct
 import sys
+import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +46,7 @@ from statistics import fmean
 from typing import Callable, NamedTuple
 
 import numpy as np
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -51,7 +58,7 @@ from model import InputError, all_sum, option, require, run
 from pretrain import (
     Log, Parser, RunOptions, Stop, autocast, check_optimizer, finished, is_kept, leave, lr_at,
     make_optimizer, move, open_run, parse_options, resume, save_checkpoint, seed_step, setup,
-    step_of, trained,
+    trained,
 )
 
 RATE = 50  # frames a second
@@ -318,17 +325,8 @@ def abx(features, item_file, speaker="within", context="within", **options):
 def quality(units, phones, codewords=None):
     """How well units, {file: [unit, ...]} at 50 Hz, stand for phones, {file: [phone, ...]} at
     100 Hz. `codewords` is V; without it the bitrate takes the number of units that occur."""
-    files = sorted(units.keys() & phones.keys())
-    require(files, "quality: no file has both units and phones")
-    names = sorted({phone for file in files for phone in phones[file]})
-    tracks = [(np.array(units[file]), np.searchsorted(names, phones[file])) for file in files]
-    table = np.zeros((len(names), 1 + max(track.max() for track, _ in tracks)))  # [phones, units]
-    for file, (track, labels) in zip(files, tracks):
-        # A recording is up to 3 phones longer than its units.
-        require(abs(2 * len(track) - len(labels)) <= data.ALIGNMENT_SLACK + 3, f"{file}: not of "
-                f"the same audio: {len(track)} units at 50 Hz, {len(labels)} phones at 100 Hz")
-        both = min(2 * len(track), len(labels))
-        np.add.at(table, (labels[:both], track.repeat(2)[:both]), 1)
+    names, tracks = labelled_tracks(units, phones)
+    table = count_table(tracks, names)
     likely = np.argsort(-table.sum(1), kind="stable")  # phones, the most frequent first
     phone_of = likely[table[likely].argmax(0)]  # each unit's phone; of equals the more frequent
     found = information(table)
@@ -337,6 +335,28 @@ def quality(units, phones, codewords=None):
     found["bitrate"] = math.log2(codewords or found["active"]) * kept / seconds
     found["per"] = phone_error_rate(tracks, phone_of)
     return found | boundaries(tracks, phone_of)
+
+
+def labelled_tracks(units, phones):
+    """The phones' names, and for each file its units and the numbers of its phones."""
+    files = sorted(units.keys() & phones.keys())
+    require(files, "quality: no file has both units and phones")
+    names = sorted({phone for file in files for phone in phones[file]})
+    tracks = [(np.array(units[file]), np.searchsorted(names, phones[file])) for file in files]
+    for file, (track, labels) in zip(files, tracks):
+        # A recording is up to 3 phones longer than its units.
+        require(abs(2 * len(track) - len(labels)) <= data.ALIGNMENT_SLACK + 3, f"{file}: not of "
+                f"the same audio: {len(track)} units at 50 Hz, {len(labels)} phones at 100 Hz")
+    return names, tracks
+
+
+def count_table(tracks, names):
+    """How often a phone and a unit coincide, in steps of 10 ms. [phones, units]"""
+    table = np.zeros((len(names), 1 + max(units.max() for units, _ in tracks)))
+    for units, labels in tracks:
+        both = min(2 * len(units), len(labels))
+        np.add.at(table, (labels[:both], units.repeat(2)[:both]), 1)
+    return table
 
 
 def information(table):
@@ -1090,8 +1110,8 @@ def newest_runs(folder):
 
 
 def report(out="runs"):
-    """Without a verb: the newest run of each stage on the toy world. The first time it trains a
-    language model too, on the units of the first of them."""
+    """Without a verb: the newest run of each stage on the toy world, as a page. The first time it
+    trains a language model too, on the units of the first of them."""
     runs, language = newest_runs(out), data.LM_LANGUAGE
     name, run = next(iter(runs.items()))
     toy = data.toy(options_of(run)["toy"], ["eval", "lm"])
@@ -1103,11 +1123,10 @@ def report(out="runs"):
     print(f"\nquality of units, {language}")
     rows = data.read_manifest(toy / "eval" / f"{language}.csv")
     phones, found = read_phones(toy / "eval" / f"{language}_alignments.csv"), {}
-    for encoder in (encoder for encoder in encoders.values() if encoder.codebooks):
-        units = extract(rows, encoder, [encoder.layer(units=True)], units=True)
-        units = {file: x.numpy() for file, (x,) in units}
-        found[encoder.name] = quality(units, phones, encoder.codewords)
-        print(encoder.name, *(f"{key} {x:.3g}" for key, x in found[encoder.name].items()))
+    for key, encoder in encoders.items():
+        if encoder.codebooks:
+            found[key] = quality(units_of(rows, encoder), phones, encoder.codewords)
+            print(key, *(f"{measure} {x:.3g}" for measure, x in found[key].items()))
 
     units, lm = (f"{out}/{kind}_{encoders[name].hash}" for kind in ("units", "lm"))
     if not Path(units).exists():
@@ -1118,48 +1137,205 @@ def report(out="runs"):
     for task, (folder, _) in TASKS.items():
         where = ["--model", str(run), "--data", str(toy / "lm" / folder)]
         pairs[task] = run_pairs(parse([task, "--lm", lm, *where]))
-    write_svg(f"{out}/report.svg", report_plots(tables, runs))
-    tables = {name: table.tolist() for name, table in tables.items()}
-    write_json(f"{out}/report.json", dict(abx=tables, quality=found, pairs=pairs))
-    print(f"\n{out}/report.json, {out}/report.svg")
+    results = dict(abx={name: table.tolist() for name, table in tables.items()},
+                   quality=found, pairs=pairs)
+    write_json(f"{out}/report.json", results)
+    write_page(f"{out}/report.html", report_parts(runs, encoders, toy, results))
+    print(f"\n{out}/report.json, {out}/report.html: open it in a browser")
 
 
-def report_plots(tables, runs):
-    """ABX on unseen languages by layer, and three curves of each run's training."""
-    deepest = max(map(len, tables.values()))
-    plots = {"ABX across on unseen languages, by layer": {  # MFCC is a level line
-        name: list(enumerate(np.resize(table[:, 1], deepest), 1))
-        for name, table in tables.items()}}
-    for key in ("loss", "target_ppl", "phone_accuracy"):
-        curves = plots[f"{key}, by step"] = {}
+def report_parts(runs, encoders, toy, results):
+    """The report as pieces of HTML."""
+    across = {name: [line[1] for line in table] for name, table in results["abx"].items()}
+    untrained, deepest = across.pop("untrained"), max(map(len, across.values()))
+    lines = {name: [*enumerate(np.resize(errors, deepest), 1)]  # MFCC is a level line
+             for name, errors in across.items()}
+    parts = ["<h1>What came of the runs</h1>", plot("ABX error across speakers, unseen languages, "
+                                                    "by layer", lines)]
+    for key in "loss", "target_ppl", "phone_accuracy":
+        curves = {}
         for name, run in runs.items():
-            records = [json.loads(line) for line in open(run / "metrics.jsonl")
-                       if step_of(line) < math.inf]
+            records = map(json.loads, open(run / "metrics.jsonl"))
             curves[name] = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-    return plots
+        parts.append(plot(f"{key}, by step", {name: line for name, line in curves.items() if line}))
+    parts.append(f"<p>The untrained network errs on {min(untrained):.0f} to {max(untrained):.0f}% "
+                 "of the triples; chance is 50%.</p><h2>An utterance of a language that was not in "
+                 "the training</h2>")
+    language = data.TARGETS[0]
+    rows = data.read_manifest(toy / "eval" / f"{language}.csv")
+    phones = read_phones(toy / "eval" / f"{language}_alignments.csv")
+    shortest = min(rows, key=lambda row: row.num_samples)
+    models = {name: encoder for name, encoder in encoders.items() if encoder.codebooks}
+    parts.append(utterance(shortest, models, phones[shortest.fileid]))
+    *_, (name, encoder) = models.items()
+    parts += [f"<h2>What units the phones of {language} become</h2><p>{html.escape(name)}, layer "
+              f"{encoder.layer(units=True)}; dark: always.</p>",
+              heat_map(units_of(rows, encoder), phones)]
+    measures = [*next(iter(results["quality"].values()))]
+    parts += [f"<h2>Quality of units, {data.LM_LANGUAGE}</h2>",
+              html_table(["", *measures], [[name, *found.values()]
+                                           for name, found in results["quality"].items()]),
+              "<h2>A language model on the units: accuracy, %</h2>",
+              html_table(["", "all pairs"], [[task, found["all"]["accuracy"]]
+                                             for task, found in results["pairs"].items()])]
+    return parts
 
 
-def write_svg(path, plots):
-    """Plots {title: {name: [(x, y)]}} side by side, with the ends of both axes below."""
-    colours = ("#888", "#c93", "#36c", "#393", "#a3a", "#c33")
-    names = [name for lines in plots.values() for name in lines]
-    size = f'width="{330 * len(plots)}" height="300" font-family="sans-serif" font-size="11"'
-    shapes = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} style="background:white">']
-    for i, (title, lines) in enumerate(plots.items()):
-        points = [point for line in lines.values() for point in line] or [(0, 0)]
-        least, most = np.min(points, 0), np.max(points, 0)
-        ends = f"from {least[0]:g} to {most[0]:g}; {least[1]:.3g} to {most[1]:.3g}"
-        shapes.append(f'<g transform="translate({330 * i + 20} 30)"><text y="-12">{title}</text>'
-                      f'<text y="180">{ends}</text>'
-                      '<path d="M0 0V164H280" fill="none" stroke="black"/>')
-        for n, (name, line) in enumerate(lines.items()):
-            places = (np.array(line or points[:1]) - least) / np.maximum(most - least, 1e-9)
-            drawn = " ".join(f"{280 * x:.1f},{160 - 160 * y:.1f}" for x, y in places)
-            colour = colours[names.index(name) % len(colours)]  # the same in every plot
-            shapes.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}"/>'
-                          f'<text y="{196 + 13 * n}" fill="{colour}">{name}</text>')
-        shapes.append("</g>")
-    Path(path).write_text("\n".join([*shapes, "</svg>\n"]))
+def run_look(args):
+    """A page of some recordings: to see and to hear what the units are."""
+    encoder = load_encoder(args.model)
+    rows = data.read_manifest(args.audio)
+    phones = read_phones(args.alignments) if args.alignments else {}
+    parts = [f"<h1>{html.escape(args.model)}, layer {encoder.layer(args.layer, units=True)}</h1>"]
+    for row in rows[:5]:
+        parts += [f"<h2>{html.escape(row.fileid)}</h2>",
+                  utterance(row, {"": encoder}, phones.get(row.fileid), args.layer)]
+    if phones:
+        units = units_of([row for row in rows if row.fileid in phones], encoder, args.layer)
+        parts += ["<h2>What units the phones become</h2>", heat_map(units, phones)]
+    write_page(args.out or "look.html", parts)
+    print(f"{args.out or 'look.html'}: open it in a browser")
+
+
+def units_of(rows, encoder, layer=None):
+    """{fileid: units [T]} of a layer."""
+    found = extract(rows, encoder, [encoder.layer(layer, units=True)], units=True)
+    return {file: units.numpy() for file, (units,) in found}
+
+
+# ======== a page to look at and to listen to ========
+
+STYLE = """<meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>nanoSpidR</title><style>
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
+body { max-width: 1100px; margin: auto; padding: 1em }
+svg { overflow: visible; font-size: 11px; fill: currentColor; margin: 14px }
+svg path, svg polyline { fill: none; stroke: currentColor }
+.wide { overflow-x: auto } audio { display: block; margin: 8px 0 }
+td, th { padding: 0 1em 0 0; text-align: left; font-variant-numeric: tabular-nums }
+@media (prefers-color-scheme: dark) { image { filter: invert(1) } }
+</style>"""
+COLOURS = "#4477dd #cc6633 #339955 #aa44aa #888888 #cc4466".split()
+
+
+def png(picture):
+    """A picture [H, W] of numbers from 0 (white) to 1 (black), as a data URL."""
+    height, width = picture.shape
+    lines = (255 * (1 - picture)).astype(np.uint8)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits of grey
+    pixels = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, part in (b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""):
+        checksum = zlib.crc32(kind + part)
+        content += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", checksum)
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def spectrogram(wav):
+    """[N] -> [128, T] from 0 to 1: 60 decibels, 0 to 8 kHz, a column every 5 ms."""
+    power = torch.stft(wav, 512, 80, 400, torch.hann_window(400), return_complex=True).abs()
+    decibel = 20 * torch.log10(power + 1e-5)
+    decibel = (decibel - decibel.max()).clamp(-60, 0).flip(0)[1:]
+    return (1 + decibel.reshape(128, 2, -1).mean(1) / 60).numpy()
+
+
+def sound(wav):
+    file, wav = io.BytesIO(), 0.9 * wav / wav.abs().max()
+    soundfile.write(file, wav.numpy(), data.SAMPLE_RATE, format="WAV")
+    source = base64.b64encode(file.getvalue()).decode()
+    return f'<audio controls src="data:audio/wav;base64,{source}"></audio>'
+
+
+def lane(labels, seconds, y, scale):
+    """A row of boxes, one for each run of equal labels, of which each lasts `seconds`."""
+    shapes, at = [], 0.0
+    for label, run in itertools.groupby(labels):
+        width = scale * seconds * len([*run])
+        hue = zlib.crc32(str(label).encode()) % 360  # the same label, the same colour
+        shapes.append(f'<rect x="{at:.1f}" y="{y}" width="{width:.1f}" height="18" stroke-width='
+                      f'"0.3" stroke="currentColor" fill="hsl({hue} 60% 50% / 0.35)"/>')
+        if width > 7 * len(str(label)):
+            shapes.append(f'<text x="{at + width / 2:.1f}" y="{y + 13}" text-anchor="middle">'
+                          f'{html.escape(str(label))}</text>')
+        at += width
+    return shapes
+
+
+def utterance(row, encoders, phones=None, layer=None, scale=200, most=20):
+    """A recording to listen to, at most 20 s of it; below its spectrogram its phones, if they are
+    known, and the units that each model makes of it. A second is `scale` pixels wide."""
+    wav, lanes = read_recording(row)[: most * data.SAMPLE_RATE], {}
+    if phones:
+        lanes["phones"] = phones[: most * 100], 0.01
+    for name, encoder in encoders.items():
+        number = encoder.layer(layer, units=True)
+        units = encoder.units(wav)[number - encoder.layers - 1].tolist()
+        lanes[f"{name} units of layer {number}".strip()] = units, 1 / RATE
+    width = scale * len(wav) / data.SAMPLE_RATE
+    shapes = [f'<image href="{png(spectrogram(wav))}" width="{width:.0f}" height="128" '
+              'preserveAspectRatio="none"/>']
+    for i, (name, (labels, seconds)) in enumerate(lanes.items()):
+        shapes += [f'<text x="0" y="{154 + 42 * i}">{html.escape(name)}</text>']
+        shapes += lane(labels, seconds, 158 + 42 * i, scale)
+    size = f'width="{width:.0f}" height="{150 + 42 * len(lanes)}"'
+    return f'{sound(wav)}<div class="wide"><svg {size}>{"".join(shapes)}</svg></div>'
+
+
+def plot(title, lines):
+    """Curves {name: [(x, y)]} with axes and ticks at round numbers."""
+    points = np.array([point for line in lines.values() for point in line] or [(0, 0)], float)
+    (x0, y0), (x1, y1) = points.min(0), np.maximum(points.max(0), points.min(0) + 1e-9)
+    shapes = [f'<text y="-6">{title}</text><path d="M0 0V160H280"/>']
+    for value in ticks(x0, x1):
+        shapes.append(f'<text x="{280 * (value - x0) / (x1 - x0):.0f}" y="175" '
+                      f'text-anchor="middle">{value:g}</text>')
+    for value in ticks(y0, y1):
+        shapes.append(f'<text x="-4" y="{164 - 160 * (value - y0) / (y1 - y0):.0f}" '
+                      f'text-anchor="end">{value:g}</text>')
+    for i, (name, line) in enumerate(lines.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        drawn = " ".join(f"{280 * (x - x0) / (x1 - x0):.1f},{160 - 160 * (y - y0) / (y1 - y0):.1f}"
+                         for x, y in line)
+        shapes.append(f'<polyline points="{drawn}" style="stroke:{colour};stroke-width:2"/>'
+                      f'<text y="{192 + 14 * i}" style="fill:{colour}">{html.escape(name)}</text>')
+    return f'<svg width="310" height="{190 + 14 * len(lines)}">{"".join(shapes)}</svg>'
+
+
+def ticks(low, high):
+    """Some four round numbers from low to high."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 2))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5)
+    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+
+
+def heat_map(units, phones, size=14):
+    """The share of each phone that becomes each unit; units stand in the order of their phones."""
+    names, tracks = labelled_tracks(units, phones)
+    table = count_table(tracks, names)
+    shares = table / table.sum(1, keepdims=True).clip(1)
+    used = np.flatnonzero(table.sum(0))
+    order = used[np.lexsort((-shares.max(0)[used], shares.argmax(0)[used]))]
+    shapes = []
+    for p, phone in enumerate(map(html.escape, names)):
+        shapes.append(f'<text x="-4" y="{size * p + 11}" text-anchor="end">{phone}</text>')
+        for v, unit in enumerate(order):
+            share = shares[p, unit]
+            shapes.append(f'<rect x="{size * v}" y="{size * p}" width="{size}" height="{size}" '
+                          f'fill-opacity="{share:.2f}"><title>{phone}, unit {unit}: {share:.0%}'
+                          '</title></rect>' if share > 0.005 else "")
+    size = f'width="{size * len(order)}" height="{size * len(names)}"'
+    return (f'<div class="wide"><svg style="margin-left:40px" {size}>{"".join(shapes)}</svg></div>')
+
+
+def write_page(path, parts):
+    Path(path).write_text("\n".join([STYLE, *parts, ""]), encoding="utf-8")
+
+
+def html_table(header, rows):
+    cells = [["<th>" + html.escape(str(x)) for x in header]]
+    cells += [["<td>" + html.escape(f"{x:.3g}" if isinstance(x, float) else str(x)) for x in row]
+              for row in rows]
+    return "<table>" + "".join("<tr>" + "".join(row) for row in cells) + "</table>"
 
 
 # ======== the verb compare ========
@@ -1210,7 +1386,7 @@ def compare(args):
             line += [(i, np.mean(means))] if means else []
         print_row(name, layer, *cells)
     if args.out:
-        write_svg(args.out, {f"ABX across, {', '.join(amounts)}": lines})
+        write_page(args.out, [plot(f"ABX across, {', '.join(amounts)}", lines)])
 
 
 # ======== command line ========
@@ -1240,7 +1416,7 @@ OPTIONS = {
     "--max-size-group": dict(type=positive, help="tokens of a phone, 10 in ZeroSpeech [all]"),
     "--max-x-across": dict(type=positive, help="speakers of X, 5 in ZeroSpeech [all]"),
     "--seed": dict(type=int, default=0, help="of that choice [0]"),
-    "--out": dict(help="a folder; units: JSONL, abx and quality: JSON, compare: an SVG file"),
+    "--out": dict(help="a folder; units: JSONL, abx and quality: JSON, look, compare: HTML"),
 }
 # Each verb's function and options; those with ! are needed.
 OUTPUTS = write_outputs, "--model! --audio! --out! --layer --longest"
@@ -1253,6 +1429,7 @@ VERBS = {
     "quality": (run_quality, "--units! --alignments! --out"),
     "lm": (None, ""),
     **dict.fromkeys(TASKS, PAIRS),
+    "look": (run_look, "--model! --audio! --alignments --layer --out"),
     "compare": (compare, "runs --layer --out"),
 }
 
