@@ -21,7 +21,7 @@ import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import combinations, cycle, islice, product
+from itertools import combinations, cycle, groupby, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +184,11 @@ def read_manifest(path, only=None):
     path, rows, names = Path(path), [], []
     if path.is_dir() or path.suffix.lower() in AUDIO:
         return scan(path, only)
-    for where, line in read_table(str(path), "path"):
+    of_discophon = re.fullmatch(r"manifest-([^-]+)-(.+)\.csv", path.name)  # has no paths
+    for where, line in read_table(str(path), "fileid" if of_discophon else "path"):
+        if "path" not in line:
+            name = line["fileid"] + ".wav"
+            line["path"] = os.path.join("..", "audio", *of_discophon.groups(), name)
         audio = os.path.join(line["folder"], line["path"])
         length = line.get("num_samples") or line.get("num_frames", "")
         require(length.isdecimal(), f"{where}: num_samples (or num_frames) is {length!r}")
@@ -356,8 +360,14 @@ def loader_init(_):
 # ======== alignments ========
 
 
-def read_alignments(path):
-    """{fileid: (phones, language)}, a phone every 10 ms."""
+def read_alignments(path, languages=None):
+    """{fileid: (phones, language)}, a phone every 10 ms. A text file (`#file onset offset #phone`)
+    does not tell the language, which is then taken from `languages`, {fileid: language}."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        if file.read(5) == "#file":
+            languages = languages or {}
+            return {fileid: (phones, languages.get(fileid, ""))
+                    for fileid, phones in read_intervals(path).items()}
     found = {}
     for where, line in read_table(str(path), "fileid", "phones", "language"):
         fileid, language = line["fileid"], line["language"]
@@ -369,6 +379,22 @@ def read_alignments(path):
     return found
 
 
+def read_intervals(path):
+    """{fileid: phones}, a phone every 10 ms, of lines `file onset offset phone` without gaps."""
+    found = defaultdict(list)
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines()[1:], 2):
+        try:
+            fileid, onset, offset, phone = line.split()
+            first, end = (round(100 * float(time)) for time in (onset, offset))
+        except ValueError:
+            raise InputError(f"{path}:{number}: not 'file onset offset phone'") from None
+        require(first == len(found[fileid]) and first < end, f"{path}:{number}: {fileid} has a gap "
+                f"or an overlap at {onset} s")
+        found[fileid] += [sys.intern(phone)] * (end - first)
+    require(found, f"{path}: no alignments in it")
+    return dict(found)
+
+
 def aligned_rows(rows, alignments, path="the alignments"):
     """The rows that have alignments, which must fit the recordings and the manifest's languages."""
     rows = [row for row in rows if row.fileid in alignments]
@@ -378,6 +404,7 @@ def aligned_rows(rows, alignments, path="the alignments"):
     for row in rows:
         phones, language = alignments[row.fileid]
         length = row.num_samples / PHONE
+        require(language, f"{path}: no language of {row.fileid}: give the manifest one")
         fits = abs(len(phones) - length) <= ALIGNMENT_SLACK and row.language in ("", language)
         require(fits, f"{path}: {row.fileid}: {len(phones)} phones at 100 Hz of {language!r}, "
                 f"the manifest says {length:.0f} of {row.language!r}")
@@ -689,11 +716,34 @@ def write_tests(folder, seed, scale, said):
         write_wavs(jobs)
 
 
-def toy(folder, parts=tuple(CORPORA), seed=0, scale=1.0):
+def write_discophon(folder, world):
+    """The unseen languages once more, as DiscoPhon's folder has its languages."""
+    for language, (split, part) in product(TARGETS, (("train-10min", "target"), ("test", "eval"))):
+        rows = read_manifest(world / part / f"{language}.csv")
+        phones = read_alignments(world / part / f"{language}_alignments.csv")
+        audio, lines = folder / "audio" / language / split, ["#file onset offset #phone"]
+        audio.mkdir(parents=True)
+        for row in rows:
+            shutil.copy(row.path, audio)
+            at = 0
+            for phone, run in groupby(phones[row.fileid][0]):
+                begin, at = at, at + len([*run])
+                lines.append(f"{row.fileid} {begin / 100:.2f} {at / 100:.2f} {phone}")
+        for kind in "alignment", "item", "manifest":
+            (folder / kind).mkdir(exist_ok=True)
+        name = f"{language}-{split}"
+        (folder / "alignment" / f"alignment-{name}.txt").write_text("\n".join(lines) + "\n")
+        shutil.copy(world / part / f"{language}.item", folder / "item" / f"triphone-{name}.item")
+        write_csv(folder / "manifest" / f"manifest-{name}.csv", "fileid num_samples",
+                  [row._asdict() for row in rows])
+
+
+def toy(folder, parts=(*CORPORA, "discophon"), seed=0, scale=1.0):
     """Makes the parts of the toy world that are not there yet; all are 150 minutes of audio.
 
     train.csv  eval/LANG.csv  target/LANG.csv  lm/train.csv    manifests, with _alignments and .item
     lm/lexical/dev/gold.csv  lm/syntactic/dev/gold.csv  lm/tsc     tests in ZeroSpeech's layout
+    discophon/    the unseen languages once more, in DiscoPhon's layout
 
     The training part is the folder itself; the others are made with its seed and scale.
     """
@@ -717,7 +767,10 @@ def make_part(place, part, about):
     print(f"making {place}, a part of the toy world", flush=True)
     new = place.with_name(f"{place.name}.tmp{os.getpid()}")
     try:
-        said = write_corpora(new, part, about["seed"], about["scale"])
+        if part == "discophon":
+            write_discophon(new, toy(place.parent, ["target", "eval"]))
+        else:
+            said = write_corpora(new, part, about["seed"], about["scale"])
         if part == "lm":
             write_tests(new, about["seed"], about["scale"], said)
         (new / "toy.json").write_text(json.dumps(about))

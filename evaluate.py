@@ -7,8 +7,9 @@
     python evaluate.py units    --model M --audio A --out U.jsonl [--layer L]
     python evaluate.py abx      --items X.item (--model M --audio A | --features FOLDER)
     python evaluate.py quality  --units U.jsonl --alignments P.csv
+    python evaluate.py discophon --model M --data DISCOPHON --out FOLDER [--languages deu,swa]
     python evaluate.py lm       --units U.jsonl --out LM
-    python evaluate.py swuggy | sblimp | tsc  --lm LM --model M --data FOLDER
+    python evaluate.py swuggy | sblimp | tsc | ssc  --lm LM --model M --data FOLDER
     python evaluate.py compare  RUN [RUN ...]   adapted runs side by side
     python evaluate.py look     --model M --audio A [--alignments P.csv]    a page to see and hear
 
@@ -730,22 +731,41 @@ def write_outputs(args):
         data.file_name(row.fileid, row.where)
     encoder = load_encoder(args.model)
     layer = encoder.layer(args.layer, units)
-    header = dict(model=encoder.name, hash=encoder.hash, layer=layer, frame_rate=RATE)
     found = extract(rows, encoder, [layer], units, args.longest)
-    part = Path(f"{out}.part")  # it gets its name when it is whole
     if units:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(json.dumps(header | dict(codewords=encoder.codewords)) + "\n")
-            for fileid, (x,) in found:
-                file.write(json.dumps(dict(fileid=fileid, units=x.tolist())) + "\n")
+        write_units(out, ((fileid, x) for fileid, (x,) in found), encoder, layer)
     else:
-        for fileid, (frames,) in found:
-            path = part / f"{fileid}.npy"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, frames.numpy())
-        write_json(part / "meta.json", header)
-    os.replace(part, out)
+        write_features(out, ((fileid, x) for fileid, (x,) in found), encoder, layer)
     print(f"{len(rows)} files, layer {layer} of {encoder.name}, {RATE} Hz: {out}")
+
+
+def about(encoder, layer):
+    return dict(model=encoder.name, hash=encoder.hash, layer=layer, frame_rate=RATE)
+
+
+def meta_of(path):
+    """X.meta.json, which tells whose units those in X.jsonl are."""
+    return Path(path).with_suffix(".meta.json")
+
+
+def write_units(path, found, encoder, layer):
+    """DiscoPhon's format. The file gets its name when it is whole."""
+    write_json(meta_of(path), about(encoder, layer) | dict(codewords=encoder.codewords))
+    part = Path(f"{path}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        for fileid, units in found:
+            file.write(json.dumps(dict(file=fileid, units=units.tolist())) + "\n")
+    os.replace(part, path)
+
+
+def write_features(folder, found, encoder, layer):
+    part = Path(f"{folder}.part")
+    for fileid, frames in found:
+        path = part / f"{fileid}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, frames.numpy())
+    write_json(part / "meta.json", about(encoder, layer))
+    os.replace(part, folder)
 
 
 def read_features(folder, files):
@@ -763,22 +783,24 @@ def read_features(folder, files):
 
 
 def read_units(path, like=None):
-    """-> header, {file: units [T]}. The header must be as another one is, but for the name of the
+    """-> meta, {file: units [T]}. The meta must be as another one is, but for the name of the
     model, since a model may have several."""
+    require(meta_of(path).exists(), f"{meta_of(path)} is not there: it says whose units they are")
+    meta = read_json(meta_of(path))
     try:
-        header, *records = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-        units = {record["fileid"]: np.array(record["units"]) for record in records}
-        codewords, _ = header["codewords"], header["model"]
+        records = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
+        units = {record["file"]: np.array(record["units"]) for record in records}
+        codewords, _ = meta["codewords"], meta["model"]
         for name in ("hash", "layer", "frame_rate", "codewords"):
-            wanted = (like or {"frame_rate": RATE}).get(name, header[name])
-            require(header[name] == wanted, f"{path}: {name} is {header[name]!r}, not {wanted!r}")
+            wanted = (like or {"frame_rate": RATE}).get(name, meta[name])
+            require(meta[name] == wanted, f"{path}: {name} is {meta[name]!r}, not {wanted!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a file that 'evaluate.py units' wrote: {error}") from None
     require(units, f"{path}: no units")
     for file, x in units.items():
         fits = x.ndim == 1 and len(x) and x.dtype == int and 0 <= x.min() and x.max() < codewords
         require(fits, f"{path}: {file}: not a list of units from 0 to {codewords - 1}")
-    return header, units
+    return meta, units
 
 
 def abx_by_layer(args):
@@ -830,6 +852,69 @@ def run_quality(args):
         print_row(name, float(value))
     if args.out:
         write_json(args.out, header | found)
+
+
+# ======== the verb discophon ========
+
+PUBLISHED = """published, SpidR of 20 VoxPopuli languages adapted with 0, 10 min, 1 h, 10 h, mean of
+the test languages: ABX of units, layer 6: 13.30 10.54 9.59 9.09; of features: 6.57 6.24 5.53 5.09;
+PNMI, layer 7: 59.8 64.1 65.4 65.6"""
+ABX_COLUMNS = "units within", "units across", "features within", "features across"
+
+
+def run_discophon(args):
+    """Phoneme discovery, language by language. What is not there is a dash."""
+    root, out, encoder = Path(args.data), Path(args.out), load_encoder(args.model)
+    layer = encoder.layer(args.layer, units=True)
+    there = sorted(path.parent.name for path in root.glob(f"audio/*/{args.split}"))
+    languages = args.languages.split(",") if args.languages else there
+    missing = ", ".join(sorted({*languages} - {*there}))
+    require(languages and not missing,
+            f"{root}: no audio/CODE/{args.split}{' of ' * bool(missing)}{missing}")
+    out.mkdir(parents=True, exist_ok=True)
+    columns = "pnmi", "per", "f1", "r_value", *ABX_COLUMNS
+    print_row(f"layer {layer}", *columns)
+    results = {}
+    for code in languages:
+        results[code] = discover(root, out, encoder, layer, code, args)
+        print_row(code, *(results[code].get(name, "-") for name in columns))
+    results["mean"] = {name: fmean(found[name] for found in results.values()) for name in columns
+                       if all(name in found for found in results.values())}
+    print_row("mean", *(results["mean"].get(name, "-") for name in columns))
+    write_json(out / f"discophon-{args.split}.json", about(encoder, layer) | dict(results=results))
+    print(PUBLISHED)
+
+
+def discover(root, out, encoder, layer, code, args):
+    """The measures of one language, in percent but for the R-value."""
+    name, found = f"{code}-{args.split}", {}
+    rows = data.read_manifest(root / "audio" / code / args.split)
+    units = units_of(rows, encoder, layer)
+    write_units(out / f"units-{name}.jsonl", ((f, torch.tensor(x)) for f, x in units.items()),
+                encoder, layer)
+    alignment, items = (root / "alignment" / f"alignment-{name}.txt",
+                        root / "item" / f"triphone-{name}.item")
+    if alignment.exists():
+        measures = quality(units, read_phones(alignment), encoder.codewords)
+        found = {key: 100 * measures[key] for key in ("pnmi", "per", "f1")}
+        found["r_value"] = measures["r_value"]
+    if items.exists():
+        files = {item.file for item in read_items(items)}
+        rows = [row for row in rows if row.fileid in files]
+        frames = {file: x for file, (x,) in extract(rows, encoder, [layer])}
+        if args.keep_features:
+            write_features(out / f"features-{name}", frames.items(), encoder, layer)
+        codes = {file: torch.tensor(units[file])[:, None] for file in frames}
+        for kind, features, distance in (("units", codes, "identity"),
+                                         ("features", frames, "angular")):
+            for speaker in "within", "across":
+                found[f"{kind} {speaker}"] = abx(
+                    features, items, speaker, distance=distance,
+                    max_size_group=args.max_size_group, max_x_across=args.max_x_across)
+    for path in alignment, items:
+        if not path.exists():
+            print(f"{path} is not there", file=sys.stderr)
+    return found
 
 
 # ======== training the language model ========
@@ -953,11 +1038,12 @@ def load_lm(path, device=DEVICE):
     return lm.eval().to(device), checkpoint["units"]
 
 
-# ======== the verbs swuggy, sblimp, tsc ========
+# ======== the verbs swuggy, sblimp, tsc, ssc ========
 
 # The folder that a task has in ZeroSpeech, and the column of gold.csv that groups its pairs. A task
 # without one has no gold.csv, but ID_correct.wav and ID_incorrect.wav.
-TASKS = {"swuggy": ("lexical", "frequency"), "sblimp": ("syntactic", "type"), "tsc": ("tsc", None)}
+TASKS = {"swuggy": ("lexical", "frequency"), "sblimp": ("syntactic", "type"),
+         "tsc": ("tsc", None), "ssc": ("ssc", None)}  # of ssc the wrong endings are on the topic
 # ZeroSpeech's bands of how often a word occurs in LibriSpeech, with the largest count of each.
 BANDS = {"oov": 0, "1 to 5": 5, "6 to 20": 20, "21 to 100": 100, "above 100": math.inf}
 
@@ -1134,8 +1220,8 @@ def report(out="runs"):
         write_outputs(parse(["units", "--model", str(run), "--audio", audio, "--out", units]))
     train_lm(["--preset", "tiny", "--units", units, "--out", lm])
     pairs = {}
-    for task, (folder, _) in TASKS.items():
-        where = ["--model", str(run), "--data", str(toy / "lm" / folder)]
+    for task in "swuggy", "sblimp", "tsc":
+        where = ["--model", str(run), "--data", str(toy / "lm" / TASKS[task][0])]
         pairs[task] = run_pairs(parse([task, "--lm", lm, *where]))
     results = dict(abx={name: table.tolist() for name, table in tables.items()},
                    quality=found, pairs=pairs)
@@ -1415,6 +1501,9 @@ OPTIONS = {
     "--distance": dict(choices=["angular", "euclidean", "kl", "identity"], default="angular"),
     "--max-size-group": dict(type=positive, help="tokens of a phone, 10 in ZeroSpeech [all]"),
     "--max-x-across": dict(type=positive, help="speakers of X, 5 in ZeroSpeech [all]"),
+    "--languages": dict(help="codes, separated by commas [all that are there]"),
+    "--split": dict(default="test", help="of DiscoPhon's audio [test]"),
+    "--keep-features": dict(action="store_true", help="write the features too"),
     "--seed": dict(type=int, default=0, help="of that choice [0]"),
     "--out": dict(help="a folder; units: JSONL, abx and quality: JSON, look, compare: HTML"),
 }
@@ -1427,6 +1516,8 @@ VERBS = {
     "abx": (run_abx, "--items! --model --audio --features --layer --longest --speaker --context "
                      "--distance --max-size-group --max-x-across --seed --out"),
     "quality": (run_quality, "--units! --alignments! --out"),
+    "discophon": (run_discophon, "--model! --data! --out! --languages --split --layer "
+                                 "--max-size-group --max-x-across --keep-features"),
     "lm": (None, ""),
     **dict.fromkeys(TASKS, PAIRS),
     "look": (run_look, "--model! --audio! --alignments --layer --out"),

@@ -421,7 +421,7 @@ def read_data(o, place, inventory, supervised):
     rows = read_rows(manifest, o)
     if not (alignments and supervised):
         return rows, [], {}, inventory
-    found = data.read_alignments(alignments)
+    found = data.read_alignments(alignments, {row.fileid: row.language for row in rows})
     labelled = data.aligned_rows(rows, found, alignments)
     inventory = data.inventories(found) | inventory
     classes, unknown = data.phone_classes(found, inventory)

@@ -1059,6 +1059,41 @@ def speech(tmp_path):
 
 
 @torch.no_grad()
+def test_discophon(toy, reference, cli):
+    """The toy world in DiscoPhon's layout gives what the same audio gives by its own verbs."""
+    disco, text = toy / "discophon", "alignment-goxi-test.txt"
+    table = toy / "eval/goxi_alignments.csv"
+    phones = data.read_alignments(table)
+    languages = dict.fromkeys(phones, "goxi")
+    assert data.read_alignments(disco / "alignment" / text, languages) == phones
+    rows = data.read_manifest(disco / "manifest/manifest-goxi-test.csv")
+    assert [row.fileid for row in rows] == [*phones] and data.check_audio(rows, 2000)
+
+    verb = "discophon", "--model", reference, "--data", disco, "--out", "d", "--layer", 2
+    code, out, err = cli(evaluate, *verb, "--max-size-group", 5)
+    found = json.loads(Path("d/discophon-test.json").read_text())["results"]
+    assert code == 0 and found.keys() == {*data.TARGETS, "mean"} and "13.30" in out, err
+    by_file = [json.loads(line) for line in open("d/units-goxi-test.jsonl")]
+    assert all(record.keys() == {"file", "units"} for record in by_file)
+    cli(evaluate, "quality", "--units", "d/units-goxi-test.jsonl", "--alignments", table,
+        "--out", "q.json")
+    q = json.loads(Path("q.json").read_text())
+    assert found["goxi"]["pnmi"] == 100 * q["pnmi"] and found["goxi"]["per"] == 100 * q["per"]
+    values = [found[language]["features across"] for language in data.TARGETS]
+    assert found["mean"]["features across"] == pytest.approx(np.mean(values))
+
+    shutil.copytree(disco, "some")
+    Path("some/alignment", text).unlink()
+    Path("some/item/triphone-goxi-test.item").unlink()
+    verb = "discophon", "--model", reference, "--data", "some", "--out", "e", "--languages"
+    code, out, err = cli(evaluate, *verb, "goxi")
+    assert code == 0 and "-" in out.splitlines()[1].split() and err.count("is not there") == 2
+    refused(cli(evaluate, *verb, "goxi,xyz"), "no audio/CODE/test of xyz")
+    Path("gap.txt").write_text("#file onset offset #phone\na 0 0.5 x\na 0.6 0.7 y\n")
+    with pytest.raises(InputError, match="gap.txt:3: a has a gap"):
+        data.read_alignments("gap.txt")
+
+
 def test_features_units_and_layers(speech, cli):
     wav = data.standardise(data.read_audio("audio/a2.wav"))[None]
     encoder, codes = evaluate.load_encoder("run", "cpu"), speech.units(wav)[:, 0]  # [K, T]
@@ -1128,7 +1163,8 @@ HEADER = dict(model="M", hash="0f", layer=3, frame_rate=50, codewords=8)
 
 
 def write_units_file(path, units, **changes):
-    lines = [HEADER | changes, *(dict(fileid=file, units=x) for file, x in units.items())]
+    evaluate.write_json(evaluate.meta_of(path), HEADER | changes)
+    lines = [dict(file=file, units=x) for file, x in units.items()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
