@@ -38,7 +38,7 @@ import os
 import struct
 import sys
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
@@ -121,42 +121,20 @@ def extract(rows, encoder, layers, units=False, longest=60):
 
 # ======== ABX: the distance of two tokens ========
 
-CHUNK = 1 << 25  # distances of frames that a thread holds at a time
-BLOCK = 1 << 20  # of these computed in one product of matrices
-BATCH = 1 << 19  # numbers in a table of dtw's
+
+def angular(x, y):  # of frames of length 1: their angle, in half turns
+    return (x @ y.T).clamp_(-1, 1).acos_().div_(math.pi)
 
 
-class Tokens(NamedTuple):
-    """Token n is frames[begin[n] : begin[n + 1]], prepared for the distance."""
-
-    frames: torch.Tensor  # [F, .]
-    begin: np.ndarray  # [tokens + 1]
-    distance: str
+def euclidean(x, y):  # A product of matrices would lose the small distances.
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def prepare(frames, distance):
-    """What can be done once for each frame. [F, D] -> [F, .]"""
-    if distance == "angular":  # As in fastabx a frame of zeros points to (1, ..., 1).
-        norm = frames.norm(dim=1, keepdim=True)
-        return torch.where(norm > 0, frames / norm, 1 / math.sqrt(frames.shape[1]))
-    if distance == "kl":  # Centring log p changes no distance and keeps the sums precise.
-        log_p = (frames + 1e-6).log()
-        log_p = log_p - log_p.mean(1, keepdim=True)
-        return torch.cat([frames, log_p, (frames * log_p).sum(1, keepdim=True)], 1)
-    return frames
+def identity(x, y):  # of units
+    return (x[:, :1] != y[:, 0]).float()
 
 
-def frame_distances(x, y, distance):
-    """Every frame of x against every frame of y, both prepared. -> [Fx, Fy]"""
-    if distance == "angular":
-        return (x @ y.T).clamp_(-1, 1).acos_().div_(math.pi)
-    if distance == "euclidean":  # A matrix product would lose the small distances.
-        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    if distance == "kl":  # symmetric: the mean of KL(p|q) and KL(q|p)
-        d = x.shape[1] // 2
-        cross = x[:, :d] @ y[:, d:-1].T + x[:, d:-1] @ y[:, :d].T
-        return (x[:, -1:] + y[:, -1] - cross) / 2
-    return (x[:, :1] != y[:, 0]).float()  # identity: discrete units
+DISTANCES = {"angular": angular, "euclidean": euclidean, "identity": identity}  # -> [Fx, Fy]
 
 
 def dtw(table, tx, ty):
@@ -164,135 +142,150 @@ def dtw(table, tx, ty):
 
     table [Tx + 1, Ty + 1, P] holds at (i, j) the distance of x's i-th frame from y's j-th, counted
     from 1; row 0 and column 0 are free. It turns into the cost of the best path from (1, 1) to
-    (i, j). Pair p has tx[p] and ty[p] frames; what lies beyond them has no influence. -> [P]
+    (i, j). Pair p has tx[p] and ty[p] frames; what lies beyond them has no influence.
+    -> [2, P]: of x from y, and of y from x, which is not the same where paths cost the same.
     """
     height, width, pairs = table.shape
     table[0], table[:, 0] = np.inf, np.inf
     table[0, 0] = 0
     cost = table.reshape(-1, pairs)  # Cell (i, j) is row i * width + j.
-    length = np.zeros(cost.shape, np.int16)  # the number of cells on that path
+    length = np.zeros((2, *cost.shape), np.int16)  # the number of cells on that path
     for k in range(2, height + width - 1):  # The cells with i + j = k depend on smaller k only.
         first, last = max(1, k - width + 1), min(k - 1, height - 1)  # their i
         start, stop = first * width + k - first, last * width + k - last + 1
         here, diagonal, left, up = (slice(start - back, stop - back, width - 1)
                                     for back in (0, width + 1, 1, width))
-        # Among equal costs the path prefers the diagonal, then the step along y (left). A choice
-        # is a product with 0 or 1, which is several times as fast as np.where.
+        # Among equal costs the path prefers the diagonal, then the step along the second token: of
+        # x from y the one to the left, of y from x the one up. A choice is a product with 0 or 1,
+        # which is several times as fast as np.where.
+        to_left = np.stack([cost[left] <= cost[up], cost[left] < cost[up]])
         straight = np.minimum(cost[left], cost[up])
-        steps = length[up] + (cost[left] <= cost[up]) * (length[left] - length[up])
-        steps += (cost[diagonal] <= straight) * (length[diagonal] - steps)
-        length[here] = steps + 1
+        steps = length[:, up] + to_left * (length[:, left] - length[:, up])
+        steps += (cost[diagonal] <= straight) * (length[:, diagonal] - steps)
+        length[:, here] = steps + 1
         cost[here] += np.minimum(straight, cost[diagonal])
     end, pair = tx * width + ty, np.arange(pairs)
-    return cost[end, pair] / length[end, pair]
+    return cost[end, pair] / length[:, end, pair]
 
 
-def block_distances(blocks, tokens):
-    """The blocks (unit, x, y), and the distances [X, Y] of each: every token of x from all of y.
+def align(blocks, distance):
+    """For each block the distances [2, P] of its pairs: X from Y, and Y from X.
 
-    The frames of a block are compared in one go. Then the pairs of all blocks are sorted by length
-    and aligned in batches, in which every pair is padded to the longest.
+    A block is (frames of some tokens x [Fx, D], the tokens' lengths [X], the same of y, pairs);
+    pairs (i [P], j [P]) tells which X are compared with which Y. Pairs of like lengths, of whatever
+    block, make a batch, in which they are padded to the longest.
     """
-    longest = np.diff(tokens.begin).max()  # room for pairs that are padded beyond the end
-    room = sum(block_size(block, tokens.begin) for block in blocks) + longest + 1
-    flat, size, pairs = torch.zeros(room), 1, []
-    for _, x, y in blocks:
-        at_x, at_y = (tokens.begin[part.start : part.stop + 1] for part in (x, y))
-        found = frame_distances(tokens.frames[at_x[0] : at_x[-1]],
-                                tokens.frames[at_y[0] : at_y[-1]], tokens.distance)
-        flat[size : size + found.numel()] = found.reshape(-1)
-        # Frames i of x and j of y, from 0, are flat[start + i * step + j] apart.
-        step = found.shape[1]
-        start = size + (at_x[:-1] - at_x[0])[:, None] * step + (at_y[:-1] - at_y[0])
-        four = np.broadcast_arrays(start, step, np.diff(at_x)[:, None], np.diff(at_y))
-        pairs.append(np.stack([one.reshape(-1) for one in four]))
-        size += found.numel()
-
+    tables, pairs, size = [], [], 0
+    for x, tx, y, ty, (i, j) in blocks:
+        tables.append(DISTANCES[distance](x, y).flatten())
+        # Frames m of X and n of Y, from 0, will be flat[start + m * step + n] apart.
+        start = size + (np.cumsum(tx) - tx)[i] * len(y) + (np.cumsum(ty) - ty)[j]
+        pairs.append([start, np.full(len(i), len(y)), tx[i], ty[j]])
+        size += len(tables[-1])
+    flat = torch.cat(tables).numpy()
     start, step, tx, ty = np.concatenate(pairs, 1)
-    result = np.empty(len(start), np.float32)
-    for some in batches(tx, ty):
-        table = cut_out(flat, start[some], step[some], tx[some].max(), ty[some].max())
-        result[some] = dtw(table, tx[some], ty[some])
-    ends = np.cumsum([len(x) * len(y) for _, x, y in blocks])
-    each = np.split(result, ends[:-1])
-    return [(block, d.reshape(len(block[1]), -1)) for block, d in zip(blocks, each)]
+    found, kinds = np.empty((2, len(start)), np.float32), tx // 8 * ty.max() + ty // 8
+    for kind in np.unique(kinds):
+        some = np.flatnonzero(kinds == kind)
+        m, n = np.arange(tx[some].max())[:, None, None], np.arange(ty[some].max())[:, None]
+        table = np.empty((len(m) + 1, len(n) + 1, len(some)), np.float32)
+        table[1:, 1:] = flat.take(start[some] + m * step[some] + n, mode="clip")
+        found[:, some] = dtw(table, tx[some], ty[some])
+    return np.split(found, np.cumsum([len(start) for start, *_ in pairs])[:-1], 1)
+
+
+def distances(units, distance):
+    """Yields for each unit, two lists of tokens [T, D], the distances [X, Y] of all x from all y.
+    Where x is y, every pair is aligned only once, and a token is -inf from itself."""
+    found = in_threads(lambda blocks: align(blocks, distance), chunks(units, distance))
+    found = itertools.chain.from_iterable(found)  # of each block
+    for x, y in units:
+        d = np.full((len(x), len(y)), -np.inf, np.float32)
+        for first in range(0, len(x), ROWS):
+            i, j = compared(x, y, first)
+            there, back = next(found)
+            d[first + i, j] = there
+            if x is y:
+                d[j, first + i] = back
+        yield d
 
 
 # ======== ABX: triples and cells ========
 
 
-def abx_units(runs, speaker, max_x_across, random):
-    """Yields what is scored together: the X of one phone and speaker against a run with A and B.
+def abx_runs(items, context, max_size_group, random):
+    """{(context, speaker): run}, where a run, {phone: its tokens' numbers}, has A and B."""
+    runs = defaultdict(lambda: defaultdict(list))
+    order = range(len(items)) if max_size_group is None else random.permutation(len(items))
+    for n in order:  # as in fastabx, what is left out has no role in any cell
+        item = items[n]
+        group = runs[item.context if context == "within" else "", item.speaker][item.phone]
+        if max_size_group is None or len(group) < max_size_group:
+            group.append(n)
+    return {key: dict(sorted(run.items())) for key, run in sorted(runs.items())}
 
-    A run {phone: range of tokens} holds the tokens of one speaker in one context; runs is
-    {(context, speaker): run}. -> (phone, speaker of A and B, range of X, run)
-    """
-    speakers = defaultdict(list)  # {(context, phone): those who say it}
+
+def abx_xs(runs, speaker, max_x_across, random):
+    """{(context, speaker): [(phone, speaker of X)]}: with whose tokens a run is compared."""
+    speakers, xs = defaultdict(list), defaultdict(list)
     for (context, who), run in runs.items():
         for phone in run:
             speakers[context, phone].append(who)
     for (context, who), run in runs.items():
-        if len(run) < 2:  # no B
-            continue
-        for phone, tokens in run.items():
-            if speaker == "within" and len(tokens) > 1:  # A and X are two tokens of this range
-                yield phone, who, tokens, run
+        alone = speaker == "within" and max(map(len, run.values())) == 1  # no A beside X
+        for phone in run if len(run) > 1 and not alone else ():
+            others = [who]
             if speaker == "across":
                 others = [other for other in speakers[context, phone] if other != who]
                 if max_x_across is not None:
                     others = random.permutation(others)[:max_x_across]
-                for other in others:
-                    yield phone, who, runs[context, other][phone], run
+            if len(others):
+                xs[context, who] += [(phone, other) for other in others]
+    return xs
 
 
-def errors(d, x, y, a):
-    """For each token B of y: how many of its triples with X of x and A of the range a are wrong.
-
-    d [X, Y] are the distances. A triple is wrong if d(A, X) > d(B, X), and half wrong on a tie.
-    """
-    d[np.array(x)[:, None] == np.array(y)] = -np.inf  # X itself is no A: this can't be wrong
-    wrong = np.zeros(len(y))
-    for to_a, to_b in zip(d[:, a.start - y.start : a.stop - y.start, None], d):  # for each X
-        wrong += (to_a > to_b).sum(0) + (to_a == to_b).sum(0) / 2  # (13)
-    return wrong
+def errors(to_a, to_b):
+    """An X's distances from all A and all B -> for each B, how many triples with it are wrong, that
+    is, in how many X is nearer to B than to A; half of one on a tie."""
+    to_a = to_a[:, None]
+    return (to_a > to_b).sum(0) + (to_a == to_b).sum(0) / 2  # (13)
 
 
-def abx_cells(runs, tokens, speaker, max_x_across, random):
+def abx_cells(runs, xs, tokens, distance):
     """-> {(A, B, speaker of A and B): shares of wrong triples in each cell}, number of triples
 
     A cell is all triples of one A, one B, one speaker, one context and one speaker of X.
     """
-    units = abx_units(runs, speaker, max_x_across, random)
-    jobs = chunks(abx_blocks(units, tokens.begin), tokens.begin)
-    found = in_threads(lambda chunk: block_distances(chunk, tokens), jobs)
-    found = itertools.chain.from_iterable(found)
+    units = []
+    for (context, who), groups in xs.items():
+        y = [tokens[n] for group in runs[context, who].values() for n in group]
+        x = [tokens[n] for phone, other in groups for n in runs[context, other][phone]]
+        units.append((y if groups[0][1] == who else x, y))
     cells, triples = defaultdict(list), 0
-    for (phone, who, x, run), parts in itertools.groupby(found, lambda pair: pair[0][0]):
-        a, first = run[phone], min(part.start for part in run.values())
-        wrong = sum(errors(d, some, y, a) for (_, some, y), d in parts)
-        for phone_b, b in run.items():
-            if phone_b != phone:
-                size = len(x) * (len(a) - (x == a)) * len(b)
-                share = wrong[b.start - first : b.stop - first].sum() / size
-                cells[phone, phone_b, who].append(share)
-                triples += size
+    for ((context, who), groups), d in zip(xs.items(), distances(units, distance)):
+        run, rows = runs[context, who], iter(d)
+        ends = np.cumsum([len(group) for group in run.values()])
+        at = {phone: slice(end - len(run[phone]), end) for phone, end in zip(run, ends)}
+        for phone, other in groups:
+            x = list(itertools.islice(rows, len(runs[context, other][phone])))
+            pairs = len(x) * (len(run[phone]) - (other == who))  # of A and X
+            wrong = sum(errors(row[at[phone]], row) for row in x)
+            for phone_b, b in run.items():
+                if phone_b != phone and pairs:
+                    size = pairs * len(b)
+                    cells[phone, phone_b, who].append(wrong[at[phone_b]].sum() / size)
+                    triples += size
     return cells, triples
 
 
 def abx_details(features, item_file, speaker="within", context="within", distance="angular",
-                max_size_group=None, max_x_across=None, seed=0, frame_rate=RATE):
+                max_size_group=None, max_x_across=None, seed=0):
     """abx() and what is worth knowing beside the error, as a dict."""
-    distances = ("angular", "euclidean", "kl", "identity")
-    for name, value, allowed in (("speaker", speaker, ("within", "across")),
-                                 ("context", context, ("within", "any")),
-                                 ("distance", distance, distances)):
-        require(value in allowed, f"abx: {name} is {' or '.join(allowed)}, not {value!r}")
     random = np.random.default_rng(seed)
-    items, frames, note = abx_tokens(features, read_items(item_file, frame_rate), item_file)
-    order, runs = abx_runs(items, context, max_size_group, random)
-    begin = np.cumsum([0] + [len(frames[n]) for n in order])
-    tokens = Tokens(prepare(torch.cat([frames[n] for n in order]), distance), begin, distance)
-    cells, triples = abx_cells(runs, tokens, speaker, max_x_across, random)
+    items, tokens, note = abx_tokens(features, read_items(item_file), item_file)
+    runs = abx_runs(items, context, max_size_group, random)
+    xs = abx_xs(runs, speaker, max_x_across, random)
+    cells, triples = abx_cells(runs, xs, tokens, distance)
     speakers, phones = ({getattr(item, name) for item in items} for name in ("speaker", "phone"))
     require(cells, f"{item_file}: no cell for ABX {speaker} speaker, {context} context: no A, B "
             f"and X among {len(items)} items of {len(speakers)} speaker(s), {len(phones)} phone(s)")
@@ -304,8 +297,7 @@ def abx_details(features, item_file, speaker="within", context="within", distanc
     error = fmean(fmean(shares) for shares in pairs.values())
     return dict(error=100 * error, speaker=speaker, context=context, distance=distance,
                 items=len(items), cells=sum(map(len, cells.values())), triples=triples,
-                frame_rate=frame_rate, max_size_group=max_size_group, max_x_across=max_x_across,
-                seed=seed, note=note)
+                max_size_group=max_size_group, max_x_across=max_x_across, seed=seed, note=note)
 
 
 def abx(features, item_file, speaker="within", context="within", **options):
@@ -558,7 +550,7 @@ def windows(samples, longest):
     return found
 
 
-# ======== ABX: items and their frames ========
+# ======== ABX: items, blocks ========
 
 
 class Item(NamedTuple):
@@ -570,8 +562,8 @@ class Item(NamedTuple):
     speaker: str
 
 
-def read_items(path, frame_rate=RATE):
-    """The items of an item file. Frame i is one's if onset <= (i + 1/2) / frame_rate <= offset.
+def read_items(path):
+    """The items of an item file. Frame i is one's if onset <= (i + 1/2) / RATE <= offset.
 
     In decimals: an onset such as 0.29 would fall on the wrong side of a frame in floating point.
     """
@@ -579,36 +571,33 @@ def read_items(path, frame_rate=RATE):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file") from None
-    columns = ["#file", "onset", "offset", "#phone", "prev-phone", "next-phone", "speaker"]
+    columns = "#file onset offset #phone prev-phone next-phone speaker".split()
     names, items = lines[0].split() if lines else [], []
-    missing = [name for name in columns if name not in names]
-    require(not missing, f"{path}:1: an item file begins with {' '.join(columns)}")
-    at = [names.index(name) for name in columns]
+    require(set(columns) <= set(names), f"{path}:1: an item file begins with {' '.join(columns)}")
     for number, line in enumerate(lines[1:], 2):
-        values = line.split()
-        if not values:
-            continue
+        found = dict(zip(names, line.split()))
         try:
-            file, onset, offset, phone, before, after, speaker = (values[i] for i in at)
-            first = math.ceil(Decimal(onset) * frame_rate - Decimal("0.5"))
-            end = math.floor(Decimal(offset) * frame_rate - Decimal("0.5")) + 1
-        except (IndexError, ArithmeticError, ValueError):
-            raise InputError(f"{path}:{number}: not an item: {line[:80]!r}") from None
+            file, onset, offset, phone, before, after, speaker = (found[c] for c in columns)
+            first = math.ceil(Decimal(onset) * RATE - Decimal("0.5"))
+            end = math.floor(Decimal(offset) * RATE - Decimal("0.5")) + 1
+        except (KeyError, ArithmeticError, ValueError):
+            require(not found, f"{path}:{number}: not an item: {line[:80]!r}")
+            continue  # an empty line
         items.append(Item(file, max(first, 0), end, phone, f"{before} {after}", speaker))
     return items
 
 
 def abx_tokens(features, items, item_file):
     """-> the items that can be used, the frames [T, D] of each, and a line on the others."""
-    checked, used, frames, lost = {}, [], [], Counter()
+    checked, used, tokens, lost = {}, [], [], Counter()
     for item in items:
         if item.file not in features:
             lost["left out, no features of their files"] += 1
             continue
         if item.file not in checked:
             feature = torch.as_tensor(features[item.file]).float().cpu()
-            good = feature.ndim <= 2 and bool(feature.isfinite().all())
-            require(good, f"{item.file}: features must be finite and [T, D]")
+            require(feature.ndim <= 2 and feature.sum().isfinite(),
+                    f"{item.file}: features must be finite and [T, D]")
             checked[item.file] = feature if feature.ndim == 2 else feature[:, None]
         found = checked[item.file][item.first : item.end]
         if len(found) == 0:
@@ -616,55 +605,48 @@ def abx_tokens(features, items, item_file):
             continue
         lost["cut short at the end of their features"] += len(found) < item.end - item.first
         used.append(item)
-        frames.append(found)
+        tokens.append(found)
     note = "; ".join(f"{n} of {len(items)} items {why}" for why, n in lost.items() if n)
     require(used, f"{item_file}: none of its {len(items)} items can be used: {note}")
-    return used, frames, note
+    return used, tokens, note
 
 
-def abx_runs(items, context, max_size_group, random):
-    """-> the items' numbers, sorted, and {(context, speaker): {phone: range of places in them}}"""
-    keys = [(item.context if context == "within" else "", item.speaker, item.phone)
-            for item in items]
-    order = range(len(items)) if max_size_group is None else random.permutation(len(items))
-    kept, runs = [], defaultdict(dict)
-    for key, some in itertools.groupby(sorted(order, key=keys.__getitem__), keys.__getitem__):
-        some = list(some)[:max_size_group]  # as in fastabx, the same ones in every cell and role
-        runs[key[:2]][key[2]] = range(len(kept), len(kept) + len(some))
-        kept += some
-    return kept, runs
+def strung(tokens, distance):
+    """The frames of these tokens, one after the other [F, D], and the tokens' lengths [N]."""
+    frames = torch.cat(tokens)
+    if distance == "angular":  # As in fastabx a frame of zeros points to (1, ..., 1).
+        frames = frames / frames.norm(dim=1, keepdim=True)
+        frames.nan_to_num_(1 / math.sqrt(frames.shape[1]))
+    return frames, np.array([len(token) for token in tokens])
 
 
-# ======== ABX: many pairs at a time ========
+ROWS = 8  # tokens x of a block
+CHUNK = 1 << 24  # distances of frames that a thread holds at a time
 
 
-def abx_blocks(units, begin):
-    """Cuts the units by X, so that a block has about BLOCK distances of frames at most."""
-    for unit in units:
-        _, _, x, run = unit
-        parts = [*run.values()]
-        y = range(parts[0].start, parts[-1].stop)
-        longest = np.diff(begin[x.start : x.stop + 1]).max()
-        some = max(1, int(BLOCK // (longest * (begin[y.stop] - begin[y.start]))))
-        for start in range(x.start, x.stop, some):
-            yield unit, x[start - x.start : start - x.start + some], y
+def compared(x, y, first):
+    """Which of the tokens x[first : first + ROWS] are compared with which of y: [P], [P]."""
+    rows = min(ROWS, len(x) - first)
+    return np.triu_indices(rows, first + 1 if x is y else -rows, len(y))
 
 
-def block_size(block, begin):
-    """How many distances of frames a block has."""
-    _, x, y = block
-    return int((begin[x.stop] - begin[x.start]) * (begin[y.stop] - begin[y.start]))
-
-
-def chunks(blocks, begin):
-    """Lists of blocks with about CHUNK distances of frames, which bounds the memory."""
+def chunks(units, distance):
+    """The blocks of all units, in lists of about CHUNK distances of frames, as align takes them."""
     chunk, size = [], 0
-    for block in blocks:
-        chunk.append(block)
-        size += block_size(block, begin)
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
+    for x, y in units:
+        y_frames, ty = strung(y, distance)
+        x_frames, tx = (y_frames, ty) if x is y else strung(x, distance)
+        x_at, y_at = np.append(0, tx.cumsum()), np.append(0, ty.cumsum())
+        for first in range(0, len(x), ROWS):
+            end = min(first + ROWS, len(x))
+            begin = first if x is y else 0  # in y: what comes before was compared before
+            i, j = compared(x, y, first)
+            chunk.append((x_frames[x_at[first] : x_at[end]], tx[first:end],
+                          y_frames[y_at[begin] :], ty[begin:], (i, j - begin)))
+            size += len(chunk[-1][0]) * len(chunk[-1][2])
+            if size >= CHUNK:
+                yield chunk
+                chunk, size = [], 0
     if chunk:
         yield chunk
 
@@ -674,39 +656,14 @@ def in_threads(work, jobs):
 
     Each of them works alone: to share out every small operation would cost more than it brings.
     """
-    threads, waiting = torch.get_num_threads(), deque()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for job in jobs:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            while some := list(itertools.islice(jobs, threads)):
+                yield from pool.map(work, some)
     finally:
         torch.set_num_threads(threads)
-
-
-def batches(tx, ty):
-    """Yields the pairs in batches of like lengths, whose padded tables have about BATCH numbers."""
-    band = tx // 4  # sorted in bands of tx, and in each by ty, up and down in turns
-    order = np.lexsort([np.where(band % 2, ty, -ty), band])
-    while len(order):
-        some = order[: BATCH // (tx[order[0]] * ty[order[0]])]
-        numbers = np.maximum.accumulate(tx[some]) * np.maximum.accumulate(ty[some])
-        fit = np.searchsorted(numbers * np.arange(1, len(some) + 1), BATCH, "right")
-        yield order[: max(1, fit)]
-        order = order[max(1, fit) :]
-
-
-def cut_out(flat, start, step, height, width):
-    """The table for dtw: at (i + 1, j + 1, p) flat[start[p] + i * step[p] + j]."""
-    windows = flat.unfold(0, int(width) + 1, 1)  # every stretch of width + 1 numbers
-    rows = start - 1 + np.arange(-1, height)[:, None] * step  # -1: the row and column left free
-    rows = torch.from_numpy(rows.clip(0, len(windows) - 1))
-    table = windows.index_select(0, rows.view(-1)).view(*rows.shape, -1)
-    return table.transpose(1, 2).contiguous().numpy()
 
 
 # ======== the verbs features, units, abx, quality ========
@@ -1498,7 +1455,7 @@ OPTIONS = {
     "--longest": dict(type=positive, default=60, help="seconds; above them in windows [60]"),
     "--speaker": dict(choices=["within", "across", "both"], default="both"),
     "--context": dict(choices=["within", "any"], default="within"),
-    "--distance": dict(choices=["angular", "euclidean", "kl", "identity"], default="angular"),
+    "--distance": dict(choices=[*DISTANCES], default="angular"),
     "--max-size-group": dict(type=positive, help="tokens of a phone, 10 in ZeroSpeech [all]"),
     "--max-x-across": dict(type=positive, help="speakers of X, 5 in ZeroSpeech [all]"),
     "--languages": dict(help="codes, separated by commas [all that are there]"),
