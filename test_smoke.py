@@ -8,12 +8,13 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time  # noqa: F401, for the code of `preceded`
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -40,7 +41,8 @@ NETWORK = ("--dim 32 --layers 2 --heads 2 --ffn 64 --codebooks 2 --codewords 8 -
 RUN = ("--preset tiny --supervised-layer 2 --steps 12 --warmup-steps 2 --batch-samples 64000 "
        "--max-samples 32000 --log-every 3 --save-every 3 --loaders 0 --device cpu --layer-drop 0.3")
 torch.set_num_threads(1)
-os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}  # of the processes that are started
+# For the processes that are started, too. A process that has used a GPU cannot be forked.
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 # ======== helpers ========
@@ -48,7 +50,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}  # of the proces
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    return data.toy(tmp_path_factory.mktemp("toy") / "world", scale=0.05)
+    return data.toy(tmp_path_factory.mktemp("toy") / "world", scale=0.02)
 
 
 def small(toy, *more):
@@ -57,13 +59,23 @@ def small(toy, *more):
     return [*NETWORK.split(), *RUN.split(), "--toy", toy, *audio, *more]
 
 
-def call(script, *args, show=print):
-    """Runs a script's main in this process, to its exit status."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+def call(script, *args, at=0, do=None):
+    """Runs a script's main in this process, and the commands that it shows, to its exit status. At
+    the optimizer step `at`, counted from here, something is done with the model."""
+    def show(name, *words):
+        print("$ python", name, *words)
+        assert call(importlib.import_module(Path(name).stem), *words) == 0
+
+    def update_teacher(model, step, update=SpidR.update_teacher, calls=itertools.count(1)):
+        if next(calls) == at:
+            do(model)
+        return update(model, step)
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__name__, *map(str, args)])
-        patch.setattr(spidr, "end_children", lambda: None)  # they may be another test's
-        patch.setattr(pretrain, "show", lambda *words: show("$ python", *words))
+        patch.setattr(pretrain, "show", show)
+        patch.setattr(SpidR, "update_teacher", update_teacher)
         status = spidr.outcome(script.main)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -82,65 +94,31 @@ def refused(result, message):
     assert status == 2 and message in err and len(err.splitlines()) == 1, (message, err)
 
 
-@contextlib.contextmanager
-def preceded(at, code):
-    """The optimizer step `at`, counted from here, is preceded by some code."""
-    step, calls = pretrain.train_step, itertools.count(1)
-
-    def train_step(model, optimizer, micro_batches, *more):
-        if next(calls) == at:
-            exec(code, globals() | {"micro_batches": micro_batches})
-        return step(model, optimizer, micro_batches, *more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for script in pretrain, meta_train, adapt:
-            patch.setattr(script, "train_step", train_step)
-        yield
-
-
-IMPORTS = "import os, sys, adapt, meta_train, model, pretrain, test_smoke\n"
-IN_TURN = IMPORTS + """
-for script, args, at, code in {}:
-    sys.argv = [script, *args]
-    with test_smoke.preceded(at, code):
-        if status := model.outcome(sys.modules[script].main):
-            model.run(lambda: sys.exit(status))
-    model.dist.init_process_group = lambda backend: None  # it is there
-"""
-ALONE = IMPORTS + """
-for script, args, at, code in {}:
-    sys.argv = [script, *args]
-    if not os.fork():  # a process of its own, without the seconds that the imports take
+def processes(script, *args, ranks=1, at=0, do=None):
+    """The same in a process for each rank: [(exit status, what it printed)]. Something is done in
+    the last. They are forks of this one, where torch is imported already. What a process starts
+    inherits one end of its sentinel, a pipe: the other end tells when nothing is left of them."""
+    def main(rank):
         os.setsid()
-        with test_smoke.preceded(at, code):
-            model.run(sys.modules[script].main)
-    print("status", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
+        signal.alarm(60)
+        sys.stdout = sys.stderr = open(f"{os.getpid()}.txt", "w", buffering=1)
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost",
+                       "MASTER_PORT": str(20_000 + os.getppid() % 10_000)}
+        spidr.run(lambda: sys.exit(call(script, *args, at=at * (rank + 1 == ranks), do=do)))
 
-
-def process(folder, text, *commands, ranks=1):
-    """The end of a process which runs scripts, each (script, arguments, at, code) as in `preceded`.
-    All that it starts, ranks and loaders included, holds its output open: when that has ended,
-    nothing is left."""
-    commands = [(script.__name__, [*map(str, args)], *grief) for script, args, *grief in commands]
-    (folder / "scripts.py").write_text(text.format(commands))
-    torchrun = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"
-    words = [sys.executable, *torchrun * (ranks > 1), "scripts.py"]
-    try:
-        return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
-    finally:  # also when the test fails
-        for path in Path("/proc").glob("[0-9]*/cwd"):
-            with contextlib.suppress(OSError):  # it is over, or not ours
-                if os.readlink(path) == str(folder) and int(path.parent.name) != os.getpid():
-                    os.kill(int(path.parent.name), signal.SIGKILL)
+    started = torch.multiprocessing.start_processes(
+        main, nprocs=ranks, join=False, start_method="fork").processes
+    for process in started:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        over, _, _ = select.select([process.sentinel], [], [], 2)
+        assert over, "two seconds later something is left"
+        process.join()
+    return [(process.exitcode, Path(f"{process.pid}.txt").read_text()) for process in started]
 
 
 def weights(run):
-    return copied(torch.load(Path(run) / "last.pt", weights_only=True)["model"])
-
-
-def copied(state):
-    return {name: t.clone() for name, t in state.items() if name != "current_step"}
+    state = torch.load(Path(run) / "last.pt", weights_only=True)["model"]
+    return {name: t for name, t in state.items() if name != "current_step"}
 
 
 def moved(before, after):
@@ -438,19 +416,18 @@ def test_batches_and_masks(monkeypatch, group):
     monkeypatch.setattr(data, "read_audio", noise)
     lengths = np.random.default_rng(0).integers(20_000, 400_000, 299)
     rows = [row._replace(num_samples=int(n)) for row, n in zip(ten_seconds(299), lengths)]
-    classes = {row.fileid: np.zeros(row.num_samples // 160, dtype=np.int16) for row in rows}
     o = pretrain.Options(batch_samples=1_000_000, crop_multiple=1, seed=3)
     batches, again = (data.Batches(rows, Config(), o, group) for _ in range(2))
     for i in 0, batches.per_epoch + 1:
         batch, index = batches[i], batches.epoch(i // batches.per_epoch)[i % batches.per_epoch]
         assert all(torch.equal(batch[name], again[i][name]) for name in ("wav", "mask"))
         assert batch["wav"].shape == (len(index), min(*lengths[index], 320_000))
-        assert batch["wav"].numel() <= o.batch_samples
         share = batch["mask"].float().mean(1)  # of all frames about half, in each row as many
         assert share.min() == share.max() and 0.4 < share[0] < 0.65
     heard = np.concatenate(batches.epoch(0))
     assert len(set(heard)) == len(heard) > 270  # nothing twice in an epoch, and little left out
 
+    classes = {row.fileid: np.zeros(row.num_samples // 160, dtype=np.int16) for row in rows}
     labelled = data.Batches(rows, Config(), o, group, classes)
     order = labelled.epoch(0)
     assert set(np.concatenate(order)) == set(range(299))  # what has labels is never left out
@@ -465,8 +442,7 @@ def test_batches_and_masks(monkeypatch, group):
 
 def test_phones():
     classes = np.arange(100, dtype=np.int16)
-    for start, expected in ((0, [0, 2, 4]), (1679, [10, 12]), (1681, [11, 13]),
-                            (15_520, [97, 99, data.IGNORED])):
+    for start, expected in (0, [0, 2, 4]), (1681, [11, 13]), (15_520, [97, 99, data.IGNORED]):
         assert data.phones_of_crop(classes, start, len(expected)).tolist() == expected
     alignments = {"u": (["a", "SIL", "spn", "q"], "x")}
     assert data.inventories(alignments) == {"x": ["SIL", "a", "q"]}
@@ -491,46 +467,17 @@ def test_manifests(cli):
         assert [r.fileid for r in data.read_manifest(path, only={"x", "v"})] == ["x"]
 
 
-def test_bad_manifests_and_alignments_are_one_line(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    cut = write_tone("cut.flac")
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    write_tone("good.wav")
-    write_tone("silent.wav", amplitude=0)
-    rows = [row._replace(num_samples=160 * 8) for row in ten_seconds(2)]
-    good, phones = "path,num_samples\ngood.wav,48000\n", "fileid,phones,language\n"
-    for text, message in (
-        ("path,num_samples\n", "m.csv: an empty manifest"),
-        (good + "none.wav,48000\n", "m.csv:3: none.wav: no such file"),
-        (good + "cut.flac,48000\n", "m.csv:3: cut.flac: "),
-        (good + "silent.wav,48000\n", "m.csv:3: silent.wav: silence"),
-        (good + "short.wav,1600\n", "m.csv:3: short.wav: 1600 samples, under the minimum"),
-        (good + "good.wav,47000\n", "good.wav: 47000 samples stated, the file has 48000"),
-        (good + "good.wav,many\n", "m.csv:3: num_samples (or num_frames) is 'many'"),
-        (good + "\xff,1\n", "m.csv: no audio that is read, nor a CSV or TSV"),
-        (phones + "nobody,a a,x", "m.csv: nobody is 0 times in the manifest"),
-        (phones + "0,SIL a,x", "m.csv: 0: 2 phones at 100 Hz of 'x', the manifest says 8"),
-        (phones + "0,a a a a,y", "m.csv: 0: 4 phones at 100 Hz of 'y', the manifest says 8 of 'x'"),
-    ):
-        Path("m.csv").write_bytes(text.encode("latin-1"))
-        with pytest.raises(InputError, match=re.escape(message)) as error:
-            if text.startswith(phones):
-                data.aligned_rows(rows, data.read_alignments("m.csv"), "m.csv")
-            data.check_audio(data.read_manifest("m.csv"), 2000)
-        assert "\n" not in str(error.value)
-
-
 # ======== pretraining ========
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only there children end with a parent")
 
 
 @pytest.fixture(scope="session")
 def reference(toy, tmp_path_factory):
-    """An uninterrupted run, as a user starts it."""
-    folder = tmp_path_factory.mktemp("reference")
-    arguments = [sys.executable, HERE / "pretrain.py", *small(toy, "--out", "run")]
-    out = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, check=True).stdout
-    assert "12 steps" in out and "next: python meta_train.py --init run" in out
-    return folder / "run"
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    assert call(pretrain, *small(toy, "--out", out)) == 0
+    return out
 
 
 def test_a_run_and_what_it_writes(cli, toy, reference):
@@ -538,99 +485,126 @@ def test_a_run_and_what_it_writes(cli, toy, reference):
     assert sorted(p.name for p in reference.iterdir()) == files
     for name in "target_ppl pred_ppl active usage_entropy grad_norm phone_loss lr".split():
         assert len(metrics(reference, name)) == 4 and np.isfinite(metrics(reference, name)).all()
-    assert len(spidr.load(reference).supervised_classifiers) == len(data.SOURCES)
-    again = [pretrain, *small(toy, "--out", reference)]
+    shutil.copytree(reference, "run")
+    again = [pretrain, *small(toy, "--out", "run")]
     assert "finished; nothing to do" in cli(*again)[1]
     refused(cli(*again, "--lr", "0.1"), "lr was 0.0012, now 0.1")
-
-
-def test_a_run_can_start_over_or_from_another(cli, toy, reference):
-    shutil.copytree(reference, "run")
-    on_toy = pretrain, *RUN.split(), "--toy", toy, "--steps", 1
-    status, out, _ = cli(*on_toy, *NETWORK.split(), "--out", "run", "--restart")
-    assert status == 0 and "$ python evaluate.py toy run" in out  # a run on the toy world
+    # Over again, from another run and on the toy world: that ends with a table.
+    more = "--init", reference, "--lr", 1e-12, "--ema-start", 0.99, "--valid", toy / "train.csv"
+    again = [pretrain, *RUN.split(), "--toy", toy, "--steps", 1, *more, "--out", "run"]
+    status, out, _ = cli(*again, "--restart")
+    assert status == 0 and re.search(r"^mfcc +1 +\d+\..*\nrun +2 +\d+\.", out, re.M)
+    assert metrics("run", "ema")[-1] < 1 and metrics("run", "valid_loss")[-1] > 0
+    same(spidr.load("run").student.state_dict(), spidr.load(reference).student.state_dict(), 1e-9)
     assert not moved("run.1", reference)  # nothing is lost
-    more = *on_toy, "--init", "run.1", "--lr", 1e-12
-    assert cli(*more, "--out", "more", "--ema-start", 0.99, "--valid", toy / "train.csv")[0] == 0
-    assert metrics("more", "ema")[-1] < 1 and metrics("more", "valid_loss")[-1] > 0
-    before, after = spidr.load("run.1").student, spidr.load("more").student
-    same(before.state_dict(), after.state_dict(), 1e-9)
-    refused(cli(*more, "--out", "other", "--dim", 32), "--init brings its own network")
+    refused(cli(*again, "--dim", 32), "--init brings its own network")
 
 
-TWICE = """
-again = subprocess.run([sys.executable, pretrain.__file__, *sys.argv[1:]], capture_output=True)
-Path("again").write_text(f"{os.getpid()} {again.stderr.decode()}")
-os.killpg(0, signal.SIGINT)  # as Ctrl-C does
-"""
-FULL = "torch.save = MagicMock(side_effect=RuntimeError('unexpected pos 64 vs 0'))"
-LOADER = "torch.multiprocessing.active_children()[0].kill(); time.sleep(5)"
-KILL, RANK_1 = "os.kill(os.getpid(), signal.SIGKILL)", "if os.environ['RANK'] == '1': "
+def kill(_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child")
-def test_whatever_happens_a_run_ends_and_goes_on_to_the_same_bits(cli, toy, reference, tmp_path):
+@linux
+def test_whatever_happens_a_run_ends_and_goes_on_to_the_same_bits(cli, toy, reference):
     args = small(toy, "--out", "run", "--loaders", 2)
-    griefs = (5, TWICE), (3, LOADER), (1, FULL), (5, "raise RuntimeError('planted')"), (2, KILL)
-    done = process(tmp_path, ALONE, *((pretrain, args, *grief) for grief in griefs))
-    assert re.findall(r"^status (.*)", done.stdout, re.M) == ["143", "2", "2", "1", "-9"], done
-    assert re.findall(r"from step (\d+)", done.stdout) == ["5", "6", "6", "9"]
-    killed, full, *planted = done.stderr.splitlines()
-    assert "that reads audio was killed" in killed and planted[-1] == "RuntimeError: planted"
-    assert "last.pt could not be written, what was there before is untouched" in full
-    number, _, err = Path("again").read_text().partition(" ")
-    refused((2, "", err), f"run is being written by process {number} on ")
-    assert cli(pretrain, *args, "--loaders", 0)[0] == 0
+
+    def start_again_and_interrupt(_):
+        [(status, printed)] = processes(pretrain, *args)
+        refused((status, "", printed), f"run is being written by process {os.getpid()} on ")
+        os.killpg(0, signal.SIGINT)  # as Ctrl-C does
+
+    def kill_a_loader(_):
+        torch.multiprocessing.active_children()[0].kill()
+        time.sleep(5)
+
+    def fill_the_disk(_):
+        torch.save = MagicMock(side_effect=RuntimeError("unexpected pos 64 vs 0"))
+
+    for at, grief, expected, message in (
+        (5, start_again_and_interrupt, 143, "stopped at step 5"),
+        (3, kill_a_loader, 2, "error: a process that reads audio was killed"),
+        (1, fill_the_disk, 2, "last.pt could not be written, what was there before is untouched"),
+        (4, lambda _: 1 / 0, 1, "ZeroDivisionError"),
+        (2, kill, -signal.SIGKILL, "from step 9"),
+        (0, None, 0, "12 steps"),
+    ):
+        [(status, printed)] = processes(pretrain, *args, at=at, do=grief)
+        assert status == expected and message in printed, printed
+        assert ("Traceback" in printed) == (status == 1), printed
     assert not moved("run", reference)
     for name in "step", "loss", "audio_seconds", "lr":
         assert metrics("run", name)[-2:] == metrics(reference, name)[-2:]
 
-    args = small(toy, "--out", "ranks", "--loaders", 1, "--steps", 9999)
-    for code, status in ((KILL, 1), (KILL.replace("pid", "ppid"), -signal.SIGKILL)):
-        command = pretrain, args, 5, RANK_1 + code
-        assert process(tmp_path, IN_TURN, command, ranks=2).returncode == status
-        assert spidr.read_checkpoint("ranks")[1]["step"] >= 3
+
+@linux
+def test_ranks_end_with_each_other_and_with_torchrun(cli, toy):
+    args = [*map(str, small(toy, "--out", "ranks", "--loaders", 1, "--steps", 9999))]
+    ends = processes(pretrain, *args, ranks=2, at=5, do=kill)
+    assert [status for status, _ in ends] == [1, -signal.SIGKILL]
+    words = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    words = [sys.executable, *words, HERE / "pretrain.py", *args]
+    torchrun = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith("step 9/9999 ") for line in torchrun.stdout)
+    torchrun.kill()
+    torchrun.communicate(timeout=60)  # until nobody holds its output
+    assert spidr.read_checkpoint("ranks")[1]["step"] >= 9
 
 
-def test_two_ranks_are_one_with_accumulation(cli, toy, reference, meta_run, tmp_path):
+@linux
+def test_two_ranks_are_one_with_accumulation(cli, toy, reference, meta_run):
+    def two_ranks(script, args, out, **how):
+        ends = processes(script, *args, "--out", out, ranks=2, **how)
+        assert [status for status, _ in ends] == [0, 0], ends
+
+    def spoil_a_gradient(model):
+        hook = model.mask_embedding.register_hook(lambda g: hook.remove() or g * math.nan)
+
     one_worker = "--workers", 1, "--layer-drop", 0, "--batch-samples", 32000
-    runs = {"pretrain": (pretrain, small(toy, "--layer-drop", 0)),
-            "worker": (meta_train, meta(toy, reference, *one_worker)),
-            "adapt": (adapt, adaptation(toy, meta_run)),
-            "workers": (meta_train, meta(toy, reference)),
-            "nan": (pretrain, small(toy, "--log-every", 1))}
-    code = RANK_1 + "micro_batches[0]['wav'][0, 5] = math.nan"
-    commands = [(script, [*args, "--out", tmp_path / "ranks" / name], 5, code * (name == "nan"))
-                for name, (script, args) in runs.items()]
-    done = process(tmp_path, IN_TURN, *commands, ranks=2)
-    assert done.returncode == 0, done.stderr
-    for name in "pretrain", "worker", "adapt":
-        script, args = runs[name]
+    for script, args in ((pretrain, small(toy, "--layer-drop", 0)),
+                         (meta_train, meta(toy, reference, *one_worker)),
+                         (adapt, adaptation(toy, meta_run))):
+        name = script.__name__
+        two_ranks(script, args, f"{name}_2")
         assert cli(script, *args, "--out", name, "--accumulate", 2)[0] == 0
-        same(weights(name), weights(f"ranks/{name}"), 1e-5)
+        same(weights(name), weights(f"{name}_2"), 1e-5)
     for name in "loss target_ppl pred_ppl accuracy active phone_loss grad_norm loss_0".split():
-        near(metrics("pretrain", name), metrics("ranks/pretrain", name), 1e-4)
-    same(weights("ranks/workers"), weights(meta_run), 1e-6)
+        near(metrics("pretrain", name), metrics("pretrain_2", name), 1e-4)
+    two_ranks(meta_train, meta(toy, reference), "workers")
+    same(weights("workers"), weights(meta_run), 1e-6)
     # A NaN on one rank is skipped by all. Here the ranks drop different layers, too.
-    assert metrics("ranks/nan", "skipped") == [0] * 4 + [1] * 8
-    assert all(t.isfinite().all() for t in weights("ranks/nan").values())
+    two_ranks(pretrain, small(toy, "--log-every", 1), "nan", at=4, do=spoil_a_gradient)
+    assert metrics("nan", "skipped") == [0] * 4 + [1] * 8
+    assert all(t.isfinite().all() for t in weights("nan").values())
 
 
 def test_mistakes_are_one_line(cli, toy, reference):
-    Path("empty").mkdir()
-    Path("orphan").mkdir()
-    Path("orphan/last.pt").touch()
+    write_tone("good.wav")
+    write_tone("silent.wav", amplitude=0)
     shutil.copytree(reference, "cut")
-    Path("cut/last.pt").write_bytes(Path("cut/last.pt").read_bytes()[:9999])
+    for path in write_tone("cut.flac"), Path("cut/last.pt"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for row, message in (
+        ("none.wav,48000", "m.csv:3: none.wav: no such file"),
+        ("cut.flac,48000", "m.csv:3: cut.flac: "),
+        ("silent.wav,48000", "m.csv:3: silent.wav: silence"),
+        ("good.wav,47000", "m.csv:3: good.wav: 47000 samples stated, the file has 48000"),
+        ("\xff,1", "m.csv: no audio that is read, nor a CSV or TSV"),
+    ):
+        text = f"path,num_samples\ngood.wav,48000\n{row}\n"
+        Path("m.csv").write_bytes(text.encode("latin-1"))
+        refused(cli(pretrain, *small(toy, "--manifest", "m.csv")), message)
+    for row, message in (
+        ("nobody,a a,baso", "a.csv: nobody is 0 times in the manifest"),
+        ("baso-train-0-0000,SIL a,baso", "2 phones at 100 Hz of 'baso', the manifest says"),
+        ("baso-train-0-0000,SIL a,x", "2 phones at 100 Hz of 'x', the manifest says"),
+    ):
+        Path("a.csv").write_text(f"fileid,phones,language\n{row}\n")
+        refused(cli(pretrain, *small(toy, "--alignments", "a.csv")), message)
     for script, args, *wrong, message in (
-        (pretrain, small(toy), "--manifest", "empty", "empty: no audio that can be used"),
         (pretrain, small(toy), "--out", "/proc/nothing", "No such file or directory"),
         (pretrain, small(toy), "--out", "cut", "not a checkpoint, or one cut short"),
-        (pretrain, small(toy), "--out", "orphan", "orphan holds checkpoints that nothing"),
         (pretrain, small(toy), "--accumulate", 10_000, "batches are too few"),
-        (pretrain, small(toy), "--heads", 5, "dim 32 does not divide into 5 heads"),
         (meta_train, meta(toy, "nowhere"), "nowhere: no such checkpoint"),
-        (meta_train, meta(toy, reference), "--chunk-min-seconds", 10_000, "are less than --chunk"),
         (adapt, adaptation(toy, reference), "--language", "latin", "latin: no recordings in"),
         (adapt, adaptation(toy, reference), "--budget", "1h", "there are only"),
     ):
@@ -638,17 +612,14 @@ def test_mistakes_are_one_line(cli, toy, reference):
     assert not Path("new").exists()
 
 
-def test_a_recording_that_goes_bad_is_skipped_and_counted(cli, toy):
-    shutil.copytree(toy / "train" / "nore", "audio")
-    assert cli(data, "manifest", "audio", "m.csv")[0] == 0
-    path = next(Path("audio").iterdir())
-    path.write_bytes(path.read_bytes()[:44] + bytes(path.stat().st_size - 44))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "check_audio", lambda rows, minimum: rows)  # it was well then
-        args = small(toy, "--manifest", "m.csv", "--alignments", "")
-        status, _, err = cli(pretrain, *args, "--out", "run")
-    assert status == 0 and err.count("skipped:") == 1 and path.name in err
-    assert metrics("run", "bad_recordings")[-1] >= 1
+def test_a_recording_that_goes_bad_is_skipped_and_counted(cli, toy, monkeypatch):
+    def read(path, *crop, read=data.read_audio):
+        return read("gone.wav" if "nore-train-0" in path else path, *crop)
+
+    monkeypatch.setattr(data, "read_audio", read)
+    status, _, err = cli(pretrain, *small(toy, "--supervised-every", 0, "--out", "run"))
+    assert status == 0 and err.count("skipped:") == 1 and "nore-train-0" in err
+    assert metrics("run", "bad_recordings")[-1] >= 2
 
 
 # ======== meta-training ========
@@ -683,10 +654,10 @@ def test_meta_update_of_the_released_implementation(monkeypatch, method, golden)
         theta["weight"].copy_(s(3, phase))
         return {}
 
-    theta, saved = {"stat": s(3, 2), "weight": s(3, 0)}, []
+    theta = {"stat": s(3, 2), "weight": s(3, 0)}
     monkeypatch.setattr(meta_train, "fetch", lambda *_: itertools.repeat([]))
     monkeypatch.setattr(meta_train, "train_step", train_step)
-    monkeypatch.setattr(meta_train, "save", lambda *args: saved.append(args[6]))
+    monkeypatch.setattr(meta_train, "save", lambda *_: None)
     o = meta_train.Options(method=method, workers=1, updates=1, inner_steps=1, outer_steps=1,
                            beta=0.1, forgetting=False)
     model, phi = MagicMock(state_dict=lambda: theta), [t.clone() for t in theta.values()]
@@ -694,34 +665,32 @@ def test_meta_update_of_the_released_implementation(monkeypatch, method, golden)
     meta_train.meta_train(
         o, model, phi, delta, [None], [0], episodes, ONE, ONE, MagicMock(), (0, 0))
     near(torch.cat(phi), golden)
-    assert saved == [(1, 0)] and not any(d.any() for d in delta)
 
 
 def schedule(module, *argv):
-    return pretrain.parse_options(module.Options, module.PRESETS, argv=argv)[0]
+    return pretrain.parse_options(module.Options, module.PRESETS, argv=["--preset=base", *argv])[0]
 
 
 def test_schedules():
-    o, base = pretrain.Options(), schedule(meta_train, "--preset", "base")
     ema = SpidR(Config(layers=1, codebooks=1, dim=16, heads=1, ffn=8)).ema_decay
-    reptile = schedule(meta_train, "--preset", "base", "--method", "reptile")
-    short = schedule(meta_train, "--preset", "base", "--updates", "10")  # shrinks along
-    few = schedule(adapt, "--preset", "base", "--steps", "4000")  # this one does not
-    for rate, golden in (
-        (lambda step: pretrain.lr_at(step, o), {
+    for rate, o, golden in (
+        (pretrain.lr_at, schedule(pretrain), {
             0: 5e-6, 6000: 2.525e-4, 12000: 5e-4, 199999: 5e-4, 200001: 4.999884872070815e-4,
             300000: 5e-5, 399999: 5.0001151305801365e-6}),
-        (ema, {0: 0.999, 10000: 0.9993934693402874, 184000: 0.9999998989605982, 184300: 1}),
-        (lambda step: meta_train.cyclic_lr(step, base), {
+        (lambda step, _: ema(step), None, {
+            0: 0.999, 10000: 0.9993934693402874, 184000: 0.9999998989605982, 184300: 1}),
+        (meta_train.cyclic_lr, schedule(meta_train), {
             0: 8.75e-8, 300: 4.41875e-6, 600: 8.75e-6, 1799: 8.75e-6, 1800: 7.925e-6,
             2000: 1.7e-7, 11999: 4.9995875e-5, 101800: 4.6022478587658565e-5,
             199999: 5.000230263811282e-7}),
-        (lambda step: meta_train.cyclic_lr(step, reptile), {  # an episode has one cap
+        (meta_train.cyclic_lr, schedule(meta_train, "--method=reptile"), {  # one cap an episode
             600: 8.75e-6, 1800: 8.75e-6, 11999: 5e-5, 101800: 4.560054196779549e-5, 199999: 5e-7}),
-        (lambda step: meta_train.cyclic_lr(step, short), {19999: 5.002303e-7}),
-        (lambda step: pretrain.lr_at(step, few), {0: 5e-8, 300: 2.525e-6, 600: 5e-6, 3999: 5e-6}),
+        (meta_train.cyclic_lr, schedule(meta_train, "--updates=10"), {19999: 5.002303e-7}),
+        # Those shrink along with the run, this one does not.
+        (pretrain.lr_at, schedule(adapt, "--steps=4000"), {
+            0: 5e-8, 300: 2.525e-6, 600: 5e-6, 3999: 5e-6}),
     ):
-        near([rate(step) for step in golden], list(golden.values()), 1e-6)
+        near([rate(step, o) for step in golden], list(golden.values()), 1e-6)
 
 
 def test_tasks_and_budgets():
@@ -731,13 +700,12 @@ def test_tasks_and_budgets():
     assert sorted(len(r) for _, r in tasks) == [20, 20] + [60] * 6
     assert sorted(row.fileid for _, r in tasks for row in r) == sorted(r.fileid for r in rows)
     assert all(row.language == language for language, r in tasks for row in r)
-    assert len(tasks) == len(again) and [r[0] for _, r in tasks] != [r[0] for _, r in again]
-    o = meta_train.Options(chunk_seconds=975)  # 50 s join their neighbour
+    assert len(tasks) == len(again) and tasks != again
+    o.chunk_seconds = 975  # 50 s join their neighbour
     assert len(meta_train.make_tasks(rows, o, 0)) == 4
 
     few, again, other = (adapt.subset(rows, 95, seed) for seed in (1, 1, 2))
     assert len(few) == 10 and few == again != other
-    assert [data.parse_seconds(x) for x in ("10min", "90s", "0.5h")] == [600, 90, 1800]
     steps = [adapt.steps_for(hours) for hours in (0.01, 1 / 6, 1, 100, 999)]
     assert steps == [4000, 4000, 8000, 24000, 24000]
 
@@ -762,19 +730,17 @@ def test_meta_training_identities(cli, toy, reference, meta_run, monkeypatch):
     assert "student.layers.0.attention.qkv.weight" in names
     # Supervised steps move neither of these, and what forgetting does to codebooks cancels.
     assert not any(name.startswith(("teacher.", "codebooks.")) for name in names)
-
-    run = lambda *more: cli(meta_train, *meta(toy, reference, *more))[0]
-    for name in "beta", "outer-steps":
-        assert run(f"--{name}", 0, "--out", name) == 0
-        assert not moved(name, reference)
+    args = meta_train, *meta(toy, reference)
+    assert cli(*args, "--outer-steps", 0, "--out", "none")[0] == 0
+    assert not moved("none", reference)
 
     def save(o, place, model, phi, *more):
         same(dict(enumerate(phi)), dict(enumerate(meta_train.theta(model))), 1e-6)
 
     # Reptile with beta 1 and one worker goes on from where its training ends.
     monkeypatch.setattr(meta_train, "save", save)
-    args = "--workers 1 --method reptile --beta 1 --updates 1 --out plain".split()
-    assert run(*args) == 0
+    more = "--workers 1 --method reptile --beta 1 --updates 1 --out plain".split()
+    assert cli(*args, *more)[0] == 0
 
 
 def test_maml_is_the_gradient_of_the_loss_after_the_inner_steps(float64):
@@ -812,25 +778,21 @@ def test_maml_trains_and_is_measured(cli, toy, reference):
     assert records[0]["loss"] == pytest.approx(records[-1]["loss"], rel=1e-3)
 
 
-def test_meta_training_starts_the_episode_again(cli, toy, reference, meta_run, monkeypatch):
-    def save_one_file(*args, save=spidr.save, **more):
-        save(*args, **more)
-        raise KeyboardInterrupt
+@linux
+def test_meta_training_starts_the_episode_again(cli, toy, reference, meta_run):
+    args = meta_train, *meta(toy, reference, "--out", "run")
 
-    for at, save, done in (
-        (8, spidr.save, (0, 1)),  # in the inner loop of the second episode
-        (4, spidr.save, (0, 1)),  # in its outer loop
-        (0, save_one_file, (0, 1)),  # between the files of a checkpoint
-        (6, spidr.save, (1, 0)),
-    ):
-        with preceded(at, "raise KeyboardInterrupt"), monkeypatch.context() as patch:
-            patch.setattr(spidr, "save", save)
-            assert cli(meta_train, *meta(toy, reference, "--out", "run"))[0] == 130
-        assert spidr.read_checkpoint("run")[1]["done"] == done
-    assert cli(meta_train, *meta(toy, reference, "--out", "run"))[0] == 0
+    def kill_after_one_file(_, save=spidr.save):
+        spidr.save = lambda *args, **more: kill(save(*args, **more))
+
+    # In the inner loop of the second episode, in its outer loop, in the middle of its checkpoint.
+    for at, do in (8, kill), (4, kill), (5, kill_after_one_file):
+        [(status, _)] = processes(*args, at=at, do=do)
+        assert status == -signal.SIGKILL and spidr.read_checkpoint("run")[1]["done"] == (0, 1)
+    assert cli(*args)[0] == 0
     assert not moved("run", meta_run)
     assert metrics("run", "step") == metrics(meta_run, "step")
-    assert sorted(p.name for p in Path("run").iterdir()) == sorted(os.listdir(meta_run))
+    assert sorted(os.listdir("run")) == sorted(os.listdir(meta_run))
 
 
 # ======== adaptation ========
@@ -839,7 +801,7 @@ def test_meta_training_starts_the_episode_again(cli, toy, reference, meta_run, m
 def adaptation(toy, init, *more):
     """Of a recording of the toy world, which it takes for audio of mine."""
     audio = "--audio", toy / "target/goxi.csv", "--preset", "tiny"
-    return [*"--loaders 0 --device cpu --max-samples 32000 --batch-samples 64000 --lr 1e-2 "
+    return [*"--loaders 0 --device cpu --max-samples 32000 --batch-samples 32000 --lr 1e-2 "
             "--rank-max 4 --steps 4 --save-every 2".split(), *audio, "--init", init, *more]
 
 
@@ -849,7 +811,7 @@ def test_adaptation(cli, toy, meta_run, method):
     status, out, err = cli(adapt, *args, "--out", "whole")
     assert status == 0 and "change" in out, err
     config = json.loads(Path("whole/config.json").read_text())
-    assert config["audio"]["recordings"] < 3 and config["model"]["encoder_layer_drop"] == 0
+    assert config["audio"]["recordings"] == 1 and config["model"]["encoder_layer_drop"] == 0
     names = moved(meta_run, "whole")
     linears = re.compile(r"student\.layers\.\d\.(attention|feed_forward)\.\w+\.weight")
     products = {name for name in names if linears.fullmatch(name)}
@@ -859,8 +821,8 @@ def test_adaptation(cli, toy, meta_run, method):
         assert all(name.startswith(("heads.", "codebooks.")) for name in names - products)
     # The same in two parts.
     parts = adapt, *args, "--out", "parts"
-    with preceded(3, "os.kill(os.getpid(), signal.SIGTERM)"):
-        assert cli(*parts)[0] == 143
+    terminate = lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    assert cli(*parts, at=3, do=terminate)[0] == 143
     assert cli(*parts)[0] == 0
     assert not moved("whole", "parts") and "nothing to do" in cli(*parts)[1]
 
@@ -868,15 +830,13 @@ def test_adaptation(cli, toy, meta_run, method):
 def test_low_rank_updates():
     network, wav = (32, 6, 64, 2, "layer_norm", 0.1), formula_batch(8000)["wav"]
     model, merged = formula_model(*network), formula_model(*network)
-    plain, before = copied(model.state_dict()), model.encode(wav)
+    before = model.encode(wav)
     adapt.add_adapters(model, adapt.Options(method="dama", rank_max=8, rank_min=2))
     assert adapt.dama_ranks(12, 32, 2) == [32, 22, 12, 2, 2, 2, 2, 2, 2, 12, 22, 32]
     assert all(torch.equal(x, y) for x, y in zip(before, model.encode(wav)))  # B = 0
-    same(copied(adapt.merged(model)), plain)
-    # Numbers a rank, over the four products. A is frozen in the middle third.
-    A, B = 32 + 32 + 32 + 64, 96 + 32 + 64 + 32
-    trained = sum(p.numel() for p in model.student.parameters() if p.requires_grad)
-    assert trained == (8 + 2 + 2 + 8) * A + (8 + 2 + 2 + 2 + 2 + 8) * B
+    trained = [name for name, p in model.student.named_parameters() if p.requires_grad]
+    assert sum(name.endswith(".A") for name in trained) == 4 * 4  # frozen in the middle third
+    assert sum(name.endswith(".B") for name in trained) == 4 * 6 == len(trained) - 4 * 4
     for name, p in model.named_parameters():
         if name.endswith(".B"):
             nn.init.normal_(p)
@@ -1325,34 +1285,21 @@ def test_pairs_from_audio(trained, tmp_path, monkeypatch):
 
 
 def test_adapted_runs_are_compared(tmp_path, cli):
-    runs = (0, "goxi", 10), (0, "juthe", 14), (1, "goxi", 20), (1, "juthe", 20)
-    for seed, language, error in runs:
+    """The mean over languages, then the mean and the spread over seeds."""
+    for seed, language, error in ((0, "goxi", 10), (0, "juthe", 14), (1, "goxi", 20)):
         run = tmp_path / f"{seed}{language}"
         run.mkdir()
         o = dict(init=f"runs/plain{seed}", method="lora", budget="90s", items="",
                  language=language, seed=seed)
         (run / "config.json").write_text(json.dumps(dict(options=o)))
-        for when, more in (("before", 6), ("after", 0)):
-            records = [dict(layer=layer, speaker=speaker,
-                            error=error + more + layer + 50 * (speaker == "within"))
-                       for layer in (1, 2) for speaker in ("within", "across")]
+        for when, more in ("before", 6), ("after", 0):
+            records = [dict(layer=1, speaker="across", error=error + more),
+                       dict(layer=1, speaker="within", error=99)]
             (run / f"abx_{when}.json").write_text(json.dumps(records))
-    oracle = json.dumps([dict(layer=1, speaker="across", error=3.0)])
-    (tmp_path / "oracle0-goxi.json").write_text(oracle)
-    paths = sorted(tmp_path.glob("[01o]*"))
+    paths = sorted(tmp_path.iterdir())
     code, out, err = cli(evaluate, "compare", *paths, "--out", "picture.svg")
-    assert code == 0 and re.search(r"plain, lora +1 +23.00 ± 4.00 +17.00 ± 4.00", out), out + err
-    assert re.search(r"plain, lora +2 +24.00", out) and re.search(r"oracle +1 +3.00 ± 0.00", out)
-    assert Path("picture.svg").read_text().count("<polyline") == 3
-    assert "plain, lora  " not in cli(evaluate, "compare", *paths, "--layer", 3)[1]
-    refused(cli(evaluate, "compare", tmp_path), "config.json")
-
-
-def test_the_toy_table(toy, reference, cli):
-    code, out, err = cli(evaluate, "toy", reference, "--layer", 1)
-    names = [line.split()[:2] for line in out.splitlines()]
-    assert code == 0 and names[1:] == [["mfcc", "1"], [str(reference), "1"]], out + err
-    refused(cli(evaluate, "toy", toy), "config.json")
+    assert code == 0 and re.search(r"plain, lora +1 +22.00 ± 4.00 +16.00 ± 4.00", out), out + err
+    assert Path("picture.svg").read_text().count("<polyline") == 1
 
 
 # ======== the README ========
@@ -1370,47 +1317,45 @@ def test_the_readme_names_what_is_there():
 
 
 def test_the_readme_s_commands_run(cli, toy, monkeypatch):
-    """All of them, in their order, in a folder that has what they name; these make them small."""
-    network = NETWORK.replace("--layers 2", "--layers 6").replace("--codebooks 2", "--codebooks 4")
-    step = "--batch-samples 64000 --max-samples 32000 --loaders 0 --device cpu --restart "
-    smaller = {
-        "pretrain": step + "--supervised-layer 2 --steps 3",
-        "meta_train": step + "--workers 1 --updates 1 --inner-steps 1 --outer-steps 1 "
-                             "--supervised-layer 2 --chunk-seconds 15 --chunk-min-seconds 3",
-        "adapt": step + "--steps 1 --rank-max 2",
-        "lm": "--layers 1 --dim 16 --heads 2 --steps 2 --batch-tokens 256 --context 32 "
-              "--device cpu --restart"}
-    monkeypatch.setitem(evaluate.LM_PRESETS["tiny"], "steps", 2)  # the report trains one too
+    """All of them, in their order, in a folder that has what they name, with presets made small."""
+    stage = dict(batch_samples=64_000, max_samples=32_000, loaders=0, restart=True)
+    episodes = dict(workers=1, updates=1, inner_steps=1, outer_steps=1, chunk_seconds=15,
+                    chunk_min_seconds=3)
+    for presets, small in (
+        (spidr.PRESETS, dict(norm="group_norm", dim=32, layers=4, heads=2, ffn=64, codebooks=2,
+                             codewords=8, conv_layers=CONVS)),
+        (pretrain.PRESETS, stage | dict(steps=3, supervised_layer=2)),
+        (meta_train.PRESETS, stage | episodes),
+        (adapt.PRESETS, stage | dict(steps=1, rank_max=2)),
+        (evaluate.LM_PRESETS, dict(layers=1, dim=16, heads=2, steps=2, batch_tokens=256,
+                                   context=32, restart=True)),
+    ):
+        for name in presets:
+            monkeypatch.setitem(presets, name, small)
     monkeypatch.setattr(data, "TARGETS", ["goxi"])
-    for pair in ("librilight train/nore, recordings target/goxi, runs/toy ., lexical lm/lexical, "
-                 "syntactic lm/syntactic, tsc lm/tsc, phones.csv train_alignments.csv, "
-                 "dev-clean.item eval/goxi.item, phonetic/dev-clean eval/goxi").split(", "):
+    Path("phonetic").mkdir()
+    Path("runs").mkdir()
+    for pair in ("audio train, librilight train/nore, recordings target/goxi, runs/toy ., "
+                 "lexical lm/lexical, syntactic lm/syntactic, tsc lm/tsc, dev-clean.item "
+                 "eval/goxi.item, phones.csv train_alignments.csv, phonetic/dev-clean eval/goxi"
+                 ).split(", "):
         name, path = pair.split()
-        Path(name).parent.mkdir(exist_ok=True)
         Path(name).symlink_to(toy / path)
-    for language in data.SOURCES:
-        shutil.copytree(toy / "train" / language, Path("audio") / language)
-    tables = [p.read_text().split("\n", 1) for p in sorted(toy.glob("target/*_alignments.csv"))]
-    one = "\n".join([tables[0][0], "".join(rows for _, rows in tables)])
-    Path("runs/target.csv").write_text(one)  # the README makes it with cat and tail
 
     lines = [x for x in (HERE / "README.md").read_text().splitlines() if x.startswith("    ")]
+    [makes_a_table] = [line for line in lines if "> runs/target.csv" in line]
+    subprocess.run(makes_a_table, shell=True, check=True)
     command = re.compile(r"(?:python|=\S+|:29500) (?!test_smoke)(\w+)\.py\b([^;#]*)")
     found = [match for line in lines for match in command.findall(line)]
     assert len(found) > 25
-
-    def run_here(python, script, *words):
-        assert call(importlib.import_module(script.removesuffix(".py")), *words) == 0
-
     for script, text in found:
         for written, here in (
-            ("--compile", ""), ("$s", "0"), ("$l", "goxi"), ("$m", "foblo"), ("$b", "3s"),
-            ("10min", "3s"), ("1min", "3s"), ("--accumulate 16", ""), ("--accumulate 2", ""),
-            ("phonetic/dev-clean/dev-clean.item", "dev-clean.item")):
+            ("--compile", ""), ("--accumulate 16", ""), ("--accumulate 2", ""), ("$s", "0"),
+            ("--steps 1500", ""), ("--steps 600", ""), ("--batch-samples 256000", ""),
+            ("$l", "goxi"), ("$m", "foblo"), ("$b", "3s"), ("10min", "3s"), ("1min", "3s"),
+            ("--layer 6", "--layer 3"), ("phonetic/dev-clean/dev-clean.item", "dev-clean.item")):
             text = text.replace(written, here)
         words = [sorted(Path().glob(word)) if "*" in word else [word] for word in text.split()]
         argv = [str(path) for paths in words for path in paths]
-        argv += smaller.get("lm" if argv[:1] == ["lm"] else script, "").split()
-        argv += network.split() if script == "pretrain" and "--init" not in argv else []
-        status, _, err = cli(importlib.import_module(script), *argv, show=run_here)
+        status, _, err = cli(importlib.import_module(script), *argv)
         assert status == 0, (script, argv, err)
