@@ -626,7 +626,7 @@ def test_a_recording_that_goes_bad_is_skipped_and_counted(cli, toy, monkeypatch)
 # Golden values: the released implementation, as above.
 
 
-def test_supervised_loss_and_refit_of_the_released_implementation():
+def test_supervised_loss_of_the_released_implementation():
     model = formula_model(32, 3, 64, 2, "layer_norm", 0.0)
     model.supervised_classifiers["x"] = classifier(6, 5)
     targets = (5 * torch.arange(18) % 6).view(2, 9)
@@ -635,6 +635,18 @@ def test_supervised_loss_and_refit_of_the_released_implementation():
     mask, phones = torch.zeros(2, 9, dtype=torch.bool), targets.masked_fill(targets == 5, -100)
     loss, _ = model.supervised_loss(None, mask, phones, "x", 1)
     near(loss.item(), 2.466529130935669)
+
+
+def test_forgetting_and_the_refit_of_the_released_implementation():
+    """Fresh codebooks and heads, a function of the seed alone. The heads learn their labels."""
+    found, batch = [], formula_batch(12345)
+    for phase, seed in (0.1, 1), (0.2, 1), (0.2, 2):
+        model = formula_model(32, 3, 64, 2, "layer_norm", phase)
+        meta_train.forget(model, [batch], meta_train.Options(refit_steps=0), ONE, (seed,), (0,))
+        found.append({**model.codebooks.state_dict(), **model.heads.state_dict()})
+    same(found[0], found[1])
+    assert all((found[1][name] != x).any() for name, x in found[2].items() if "counts" not in name)
+    assert all((x == 1).all() for name, x in found[2].items() if "counts" in name)
 
     head, inputs = classifier(6, 4).output_layer, s(300, 0).view(1, 50, 6)
     labels, o = (7 * torch.arange(50) % 4)[None], meta_train.Options()
@@ -647,8 +659,9 @@ def test_supervised_loss_and_refit_of_the_released_implementation():
     ("foblo", [0.873375118, 0.657645643, 0.352906942, 0.030390136, 0.380692631, 0.679470181]),
     ("reptile", [0.842292607, 0.614744484, 0.303993583, 0.078332692, 0.420963973, 0.706619740])])
 def test_meta_update_of_the_released_implementation(monkeypatch, method, golden):
-    """One episode: the inner loop takes the module to phase 0.5, all of it to 0.9; beta is 0.1."""
-    def train_step(*args, phases=iter((0.5, 0.9))):
+    """Of two workers, each with the same episode: the inner loop takes the module to phase 0.5, all
+    of it to 0.9. Beta is 0.1."""
+    def train_step(*args, phases=itertools.cycle((0.5, 0.9))):
         phase = next(phases)
         theta["stat"].copy_(s(3, 2 + phase))
         theta["weight"].copy_(s(3, phase))
@@ -658,12 +671,12 @@ def test_meta_update_of_the_released_implementation(monkeypatch, method, golden)
     monkeypatch.setattr(meta_train, "fetch", lambda *_: itertools.repeat([]))
     monkeypatch.setattr(meta_train, "train_step", train_step)
     monkeypatch.setattr(meta_train, "save", lambda *_: None)
-    o = meta_train.Options(method=method, workers=1, updates=1, inner_steps=1, outer_steps=1,
+    o = meta_train.Options(method=method, workers=2, updates=1, inner_steps=1, outer_steps=1,
                            beta=0.1, forgetting=False)
     model, phi = MagicMock(state_dict=lambda: theta), [t.clone() for t in theta.values()]
     delta, episodes = [torch.zeros(3), torch.zeros(3)], MagicMock(return_value=(1, 1))
     meta_train.meta_train(
-        o, model, phi, delta, [None], [0], episodes, ONE, ONE, MagicMock(), (0, 0))
+        o, model, phi, delta, [None] * 2, [0, 1], episodes, ONE, ONE, MagicMock(), (0, 0))
     near(torch.cat(phi), golden)
 
 
