@@ -561,7 +561,7 @@ def test_two_ranks_are_one_with_accumulation(cli, toy, reference, meta_run):
     one_worker = "--workers", 1, "--layer-drop", 0, "--batch-samples", 32000
     for script, args in ((pretrain, small(toy, "--layer-drop", 0)),
                          (meta_train, meta(toy, reference, *one_worker)),
-                         (adapt, adaptation(toy, meta_run))):
+                         (adapt, adaptation(toy, meta_run, "--held-out", 0))):
         name = script.__name__
         two_ranks(script, args, f"{name}_2")
         assert cli(script, *args, "--out", name, "--accumulate", 2)[0] == 0
@@ -820,10 +820,12 @@ def adaptation(toy, init, *more):
 
 @pytest.mark.parametrize("method", ["full", "lora", "dama"])
 def test_adaptation(cli, toy, meta_run, method):
-    args = adaptation(toy, meta_run, "--budget", "5s", "--method", method)
+    args = adaptation(toy, meta_run, "--method", method)  # one recording of two is held out
     status, out, err = cli(adapt, *args, "--out", "whole")
     assert status == 0 and "change" in out, err
     config = json.loads(Path("whole/config.json").read_text())
+    losses = metrics("whole", "valid_loss")  # before, and at each checkpoint
+    assert len(losses) == 3 and min(losses) > 0 and "held out, step" in out
     assert config["audio"]["recordings"] == 1 and config["model"]["encoder_layer_drop"] == 0
     names = moved(meta_run, "whole")
     linears = re.compile(r"student\.layers\.\d\.(attention|feed_forward)\.\w+\.weight")
