@@ -38,7 +38,7 @@ import os
 import struct
 import sys
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
@@ -55,12 +55,8 @@ from tqdm import tqdm
 
 import data
 import model as spidr
+import pretrain
 from model import InputError, all_sum, option, require, run
-from pretrain import (
-    Log, Parser, RunOptions, Stop, autocast, check_optimizer, finished, is_kept, leave, lr_at,
-    make_optimizer, move, open_run, parse_options, resume, save_checkpoint, seed_step, setup,
-    trained,
-)
 
 RATE = 50  # frames a second
 HOP, FIELD = 320, 400  # samples from one frame to the next, and samples that a frame sees
@@ -90,18 +86,6 @@ class Encoder(NamedTuple):
         require(lowest <= layer <= self.layers, f"--layer {layer}: {self.name} has "
                 f"{'units of ' if units else ''}layers {lowest} to {self.layers}")
         return layer
-
-
-def spidr_encoder(name, net):
-    c, device = net.config, net.mask_embedding.device
-
-    def encode(wav):  # the layers' outputs
-        return [x[0] for x in net.encode(wav[None].to(device))]
-
-    def units(wav):  # what the student's heads predict, not the labels of the teacher
-        return net.units(wav[None].to(device))[:, 0]
-
-    return Encoder(name, hash_weights(net), c.layers, c.codebooks, c.codewords, encode, units)
 
 
 @torch.no_grad()
@@ -166,48 +150,6 @@ def dtw(table, tx, ty):
         cost[here] += np.minimum(straight, cost[diagonal])
     end, pair = tx * width + ty, np.arange(pairs)
     return cost[end, pair] / length[:, end, pair]
-
-
-def align(blocks, distance):
-    """For each block the distances [2, P] of its pairs: X from Y, and Y from X.
-
-    A block is (frames of some tokens x [Fx, D], the tokens' lengths [X], the same of y, pairs);
-    pairs (i [P], j [P]) tells which X are compared with which Y. Pairs of like lengths, of whatever
-    block, make a batch, in which they are padded to the longest.
-    """
-    tables, pairs, size = [], [], 0
-    for x, tx, y, ty, (i, j) in blocks:
-        tables.append(DISTANCES[distance](x, y).flatten())
-        # Frames m of X and n of Y, from 0, will be flat[start + m * step + n] apart.
-        start = size + (np.cumsum(tx) - tx)[i] * len(y) + (np.cumsum(ty) - ty)[j]
-        pairs.append([start, np.full(len(i), len(y)), tx[i], ty[j]])
-        size += len(tables[-1])
-    flat = torch.cat(tables).numpy()
-    start, step, tx, ty = np.concatenate(pairs, 1)
-    found, kinds = np.empty((2, len(start)), np.float32), tx // 8 * ty.max() + ty // 8
-    for kind in np.unique(kinds):
-        some = np.flatnonzero(kinds == kind)
-        m, n = np.arange(tx[some].max())[:, None, None], np.arange(ty[some].max())[:, None]
-        table = np.empty((len(m) + 1, len(n) + 1, len(some)), np.float32)
-        table[1:, 1:] = flat.take(start[some] + m * step[some] + n, mode="clip")
-        found[:, some] = dtw(table, tx[some], ty[some])
-    return np.split(found, np.cumsum([len(start) for start, *_ in pairs])[:-1], 1)
-
-
-def distances(units, distance):
-    """Yields for each unit, two lists of tokens [T, D], the distances [X, Y] of all x from all y.
-    Where x is y, every pair is aligned only once, and a token is -inf from itself."""
-    found = in_threads(lambda blocks: align(blocks, distance), chunks(units, distance))
-    found = itertools.chain.from_iterable(found)  # of each block
-    for x, y in units:
-        d = np.full((len(x), len(y)), -np.inf, np.float32)
-        for first in range(0, len(x), ROWS):
-            i, j = compared(x, y, first)
-            there, back = next(found)
-            d[first + i, j] = there
-            if x is y:
-                d[j, first + i] = back
-        yield d
 
 
 # ======== ABX: triples and cells ========
@@ -496,6 +438,18 @@ def load_encoder(name, device=DEVICE):
     return spidr_encoder(str(name), spidr.load(name, device))
 
 
+def spidr_encoder(name, net):
+    c, device = net.config, net.mask_embedding.device
+
+    def encode(wav):  # the layers' outputs
+        return [x[0] for x in net.encode(wav[None].to(device))]
+
+    def units(wav):  # what the student's heads predict, not the labels of the teacher
+        return net.units(wav[None].to(device))[:, 0]
+
+    return Encoder(name, hash_weights(net), c.layers, c.codebooks, c.codewords, encode, units)
+
+
 def hash_weights(net):
     digest = hashlib.sha256()
     for key, value in sorted(net.state_dict().items()):
@@ -550,16 +504,10 @@ def windows(samples, longest):
     return found
 
 
-# ======== ABX: items, blocks ========
+# ======== ABX: items and their frames ========
 
 
-class Item(NamedTuple):
-    file: str
-    first: int  # its first frame
-    end: int  # the frame after its last
-    phone: str
-    context: str
-    speaker: str
+Item = namedtuple("Item", "file first end phone context speaker")  # frames from first to end - 1
 
 
 def read_items(path):
@@ -575,14 +523,15 @@ def read_items(path):
     names, items = lines[0].split() if lines else [], []
     require(set(columns) <= set(names), f"{path}:1: an item file begins with {' '.join(columns)}")
     for number, line in enumerate(lines[1:], 2):
-        found = dict(zip(names, line.split()))
+        if not line.strip():
+            continue
         try:
-            file, onset, offset, phone, before, after, speaker = (found[c] for c in columns)
+            file, onset, offset, phone, before, after, speaker = map(
+                dict(zip(names, line.split())).__getitem__, columns)
             first = math.ceil(Decimal(onset) * RATE - Decimal("0.5"))
-            end = math.floor(Decimal(offset) * RATE - Decimal("0.5")) + 1
+            end = math.floor(Decimal(offset) * RATE + Decimal("0.5"))
         except (KeyError, ArithmeticError, ValueError):
-            require(not found, f"{path}:{number}: not an item: {line[:80]!r}")
-            continue  # an empty line
+            raise InputError(f"{path}:{number}: not an item: {line[:80]!r}") from None
         items.append(Item(file, max(first, 0), end, phone, f"{before} {after}", speaker))
     return items
 
@@ -590,22 +539,20 @@ def read_items(path):
 def abx_tokens(features, items, item_file):
     """-> the items that can be used, the frames [T, D] of each, and a line on the others."""
     checked, used, tokens, lost = {}, [], [], Counter()
+    for file in {item.file for item in items} & features.keys():
+        x = torch.as_tensor(features[file]).float().cpu()
+        require(x.ndim <= 2 and x.sum().isfinite(), f"{file}: features must be finite and [T, D]")
+        checked[file] = x if x.ndim == 2 else x[:, None]
     for item in items:
-        if item.file not in features:
-            lost["left out, no features of their files"] += 1
-            continue
-        if item.file not in checked:
-            feature = torch.as_tensor(features[item.file]).float().cpu()
-            require(feature.ndim <= 2 and feature.sum().isfinite(),
-                    f"{item.file}: features must be finite and [T, D]")
-            checked[item.file] = feature if feature.ndim == 2 else feature[:, None]
-        found = checked[item.file][item.first : item.end]
-        if len(found) == 0:
+        found = checked.get(item.file, [])[item.first : item.end]
+        if len(found):
+            used.append(item)
+            tokens.append(found)
+            lost["cut short at the end of their features"] += len(found) < item.end - item.first
+        elif item.file in checked:
             lost["left out, no frame lies within them"] += 1
-            continue
-        lost["cut short at the end of their features"] += len(found) < item.end - item.first
-        used.append(item)
-        tokens.append(found)
+        else:
+            lost["left out, no features of their files"] += 1
     note = "; ".join(f"{n} of {len(items)} items {why}" for why, n in lost.items() if n)
     require(used, f"{item_file}: none of its {len(items)} items can be used: {note}")
     return used, tokens, note
@@ -620,8 +567,52 @@ def strung(tokens, distance):
     return frames, np.array([len(token) for token in tokens])
 
 
+# ======== ABX: many pairs at a time ========
+
 ROWS = 8  # tokens x of a block
 CHUNK = 1 << 24  # distances of frames that a thread holds at a time
+
+
+def align(blocks, distance):
+    """For each block the distances [2, P] of its pairs: X from Y, and Y from X.
+
+    A block is (frames of some tokens x [Fx, D], the tokens' lengths [X], the same of y, pairs);
+    pairs (i [P], j [P]) tells which X are compared with which Y. Pairs of like lengths, of whatever
+    block, make a batch, in which they are padded to the longest.
+    """
+    tables, pairs, size = [], [], 0
+    for x, tx, y, ty, (i, j) in blocks:
+        tables.append(DISTANCES[distance](x, y).flatten())
+        # Frames m of X and n of Y, from 0, will be flat[start + m * step + n] apart.
+        start = size + (np.cumsum(tx) - tx)[i] * len(y) + (np.cumsum(ty) - ty)[j]
+        pairs.append([start, np.full(len(i), len(y)), tx[i], ty[j]])
+        size += len(tables[-1])
+    flat = torch.cat(tables).numpy()
+    start, step, tx, ty = np.concatenate(pairs, 1)
+    found, kinds = np.empty((2, len(start)), np.float32), tx // 8 * ty.max() + ty // 8
+    for kind in np.unique(kinds):
+        some = np.flatnonzero(kinds == kind)
+        m, n = np.arange(tx[some].max())[:, None, None], np.arange(ty[some].max())[:, None]
+        table = np.empty((len(m) + 1, len(n) + 1, len(some)), np.float32)
+        table[1:, 1:] = flat.take(start[some] + m * step[some] + n, mode="clip")
+        found[:, some] = dtw(table, tx[some], ty[some])
+    return np.split(found, np.cumsum([len(start) for start, *_ in pairs])[:-1], 1)
+
+
+def distances(units, distance):
+    """Yields for each unit, two lists of tokens [T, D], the distances [X, Y] of all x from all y.
+    Where x is y, every pair is aligned only once, and a token is -inf from itself."""
+    found = in_threads(lambda blocks: align(blocks, distance), chunks(units, distance))
+    found = itertools.chain.from_iterable(found)  # of each block
+    for x, y in units:
+        d = np.full((len(x), len(y)), -np.inf, np.float32)
+        for first in range(0, len(x), ROWS):
+            i, j = compared(x, y, first)
+            there, back = next(found)
+            d[first + i, j] = there
+            if x is y:
+                d[j, first + i] = back
+        yield d
 
 
 def compared(x, y, first):
@@ -878,7 +869,7 @@ def discover(root, out, encoder, layer, code, args):
 
 
 @dataclass
-class LMOptions(RunOptions):
+class LMOptions(pretrain.RunOptions):
     """The language model's."""
 
     out: str = option("runs/lm", "the run's folder")
@@ -928,24 +919,24 @@ def lm_step(lm, optimizer, micro_batches, lr, o, place):
     optimizer.zero_grad()
     sums = torch.zeros(2, device=place.device)  # loss, tokens
     for tokens in micro_batches:
-        with autocast(o, place):
+        with pretrain.autocast(o, place):
             loss = lm(tokens.to(place.device)).sum()
         loss.backward()
         sums += torch.stack([loss.detach(), (tokens[:, 1:] >= 0).sum().to(loss)])
-    gradients = [p.grad for p in trained(optimizer)]
+    gradients = [p.grad for p in pretrain.trained(optimizer)]
     all_sum([*gradients, sums])
     loss, count = sums
-    return move(optimizer, gradients, count, lr, o) | {"loss": loss / count}
+    return pretrain.move(optimizer, gradients, count, lr, o) | {"loss": loss / count}
 
 
 def train_lm(arguments):
     # ======== options, setup ========
-    o, _ = parse_options(LMOptions, LM_PRESETS, argv=arguments)
+    o, _ = pretrain.parse_options(LMOptions, LM_PRESETS, argv=arguments)
     require(o.units, "lm needs --units, a file that 'evaluate.py units' writes")
-    check_optimizer(o)
+    pretrain.check_optimizer(o)
     require(min(o.layers, o.dim, o.heads, o.context) > 0 and o.dim % o.heads == 0
             and 0 <= o.dropout < 1, "sizes are positive, dim a multiple of heads, dropout under 1")
-    place = setup(o)
+    place = pretrain.setup(o)
     torch.manual_seed(o.seed)
 
     # ======== data, model, optimizer ========
@@ -955,32 +946,33 @@ def train_lm(arguments):
     sizes = dict(codewords=header["codewords"], layers=o.layers, dim=o.dim, heads=o.heads,
                  context=o.context)
     lm = UnitLM(**sizes, dropout=o.dropout).to(place.device)
-    optimizer = make_optimizer(lm, o)
+    optimizer = pretrain.make_optimizer(lm, o)
 
     # ======== resume ========
     about = header | dict(utterances=len(units), tokens=sum(map(len, sequences)))
-    first, totals = resume(open_run(o, lm, place, about=about), lm, optimizer)
+    first, totals = pretrain.resume(pretrain.open_run(o, lm, place, about=about), lm, optimizer)
     if first >= o.steps:
-        return finished(o, place)
-    log, stop = Log(o, place, o.steps, first, totals), Stop(place)
+        return pretrain.finished(o, place)
+    log, stop = pretrain.Log(o, place, o.steps, first, totals), pretrain.Stop(place)
 
     # ======== loop ========
     for step in range(first, o.steps):
-        seed_step(o.seed, step, place.rank)
+        pretrain.seed_step(o.seed, step, place.rank)
         done = step + 1
         micro_batches = [lm_batch(sequences, lm.boundary, o, i * place.world + place.rank)
                          for i in range(step * o.accumulate, done * o.accumulate)]
-        log.add(lm_step(lm.train(), optimizer, micro_batches, lr_at(step, o), o, place))
+        log.add(lm_step(lm.train(), optimizer, micro_batches, pretrain.lr_at(step, o), o, place))
         stopping = stop.agreed(done)
-        saving = stopping or done % o.save_every == 0 or is_kept(done, o)
+        saving = stopping or done % o.save_every == 0 or pretrain.is_kept(done, o)
         if saving and valid:
             log.add({"valid_loss": -torch.tensor([score_units(lm, x) for x in valid]).mean()})
         if saving or done % o.log_every == 0:
             log.write(done)
         if saving:
-            save_checkpoint(o, place, lm.state_dict(), optimizer, done, log, lm=sizes, units=header)
+            more = dict(lm=sizes, units=header)
+            pretrain.save_checkpoint(o, place, lm.state_dict(), optimizer, done, log, **more)
         if stopping and done < o.steps:
-            leave(place, done)
+            pretrain.leave(place, done)
     if place.first:
         print(f"{o.out}: {o.steps} steps, loss {log.record['loss']:.3f}")
         print(f"next: python evaluate.py swuggy --lm {o.out} --model {header['model']} --data DIR")
@@ -1045,20 +1037,15 @@ def units_of_files(args, header, folder, names):
     """{name: units}, made as those were that the language model learnt from."""
     if args.units:
         units = read_units(args.units, like=header)[1]
-        for name in names:
-            require(name in units, f"{args.units}: no units of {name}")
-        return units
-    rows = []
+    else:
+        encoder, rows = load_encoder(args.model), data.read_manifest(folder, only={*names})
+        require(encoder.hash == header["hash"], f"--model {args.model}: other weights than those "
+                f"of {header['model']}, on whose units --lm {args.lm} was trained")
+        found = extract(rows, encoder, [encoder.layer(header["layer"], units=True)], units=True)
+        units = {name: x.numpy() for name, (x,) in found}
     for name in names:
-        path = str(folder / f"{data.file_name(name, folder)}.wav")
-        samples, problem = data.inspect(path, FIELD)
-        require(not problem, f"{path}: {problem}")
-        rows.append(data.Row(name, path, samples))
-    encoder = load_encoder(args.model)
-    layer = encoder.layer(header["layer"], units=True)
-    require(encoder.hash == header["hash"], f"--model {args.model}: other weights than those of "
-            f"{header['model']}, on whose units --lm {args.lm} was trained")
-    return {name: x.numpy() for name, (x,) in extract(rows, encoder, [layer], units=True)}
+        require(name in units, f"{args.units or folder}: no units of {name}")
+    return units
 
 
 def run_pairs(args):
@@ -1112,13 +1099,13 @@ def toy_table(toy, encoders, layer=None, every=False):
 
 def toy_encoders(runs):
     """MFCC, if torchaudio loads, and the runs {name: folder}."""
-    encoders = {name: load_encoder(run) for name, run in runs.items()}
+    encoders = {}
     try:
         data.import_torchaudio("the MFCC baseline")
+        encoders["mfcc"] = load_encoder("mfcc")
     except InputError as error:
         print(error)
-        return encoders
-    return {"mfcc": load_encoder("mfcc")} | encoders
+    return encoders | {name: load_encoder(run) for name, run in runs.items()}
 
 
 def read_json(path):
@@ -1384,52 +1371,39 @@ def html_table(header, rows):
 # ======== the verb compare ========
 
 
-def read_scores(path):
-    """Yields (model, layer, amount of audio, seed, language, ABX error across speakers) of a run of
-    adapt.py, or of NAME<seed>-LANGUAGE.json by 'abx --out', of a model that was not adapted."""
-    if path.suffix == ".json":
-        name, _, language = path.stem.rpartition("-")
-        seed, method, files = name, "full", {"none": path}
-    else:
-        o = options_of(path)
-        require("budget" in o, f"{path}: no run of adapt.py")
-        name = Path(o["init"]).parent.name if o["init"].endswith(".pt") else Path(o["init"]).name
-        language, seed, method = o["items"] or o["language"], o["seed"], o["method"]
-        files = {"none": path / "abx_before.json", o["budget"] or "all": path / "abx_after.json"}
-    name = name.rstrip("0123456789") + f", {method}" * (method != "full")
-    for amount, file in files.items():
-        for record in read_json(file):
-            if record["speaker"] == "across":
-                yield name, record["layer"], amount, seed, language, record["error"]
-
-
-def seconds_of(amount):
-    ends = {"none": 0, "all": math.inf}
-    return ends[amount] if amount in ends else data.parse_seconds(amount)
-
-
 def compare(args):
-    """A line for each model that was adapted and each layer, by amount of audio: the mean and the
-    spread over seeds of the mean over languages."""
-    errors = defaultdict(lambda: defaultdict(dict))
-    for path in args.runs:
-        for name, layer, amount, seed, language, error in read_scores(Path(path)):
-            if layer == args.layer or not args.layer:
-                errors[name, layer, amount][seed][language] = error
+    """ABX across speakers by model, layer and amount of audio that it was adapted to: the mean over
+    languages, and of that the mean and the spread over seeds. Reads runs of adapt.py and, of a
+    model that was not adapted, NAME<seed>-LANGUAGE.json by 'abx --out'."""
+    errors, means = defaultdict(dict), defaultdict(list)
+    for run in map(Path, args.runs):
+        if run.suffix == ".json":
+            name, _, language = run.stem.rpartition("-")
+            seed, method, files = name, "", {"none": run}
+        else:
+            o = options_of(run)
+            require("budget" in o, f"{run}: no run of adapt.py")
+            name, language, seed = Path(o["init"]).name, o["items"] or o["language"], o["seed"]
+            name = Path(o["init"]).parent.name if name.endswith(".pt") else name
+            method = f", {o['method']}" * (o["method"] != "full")
+            after = o["budget"] or "all"
+            files = {"none": run / "abx_before.json", after: run / "abx_after.json"}
+        for amount, file in files.items():
+            for record in read_json(file):
+                if record["speaker"] == "across" and args.layer in (None, record["layer"]):
+                    model = name.rstrip("0123456789") + method, record["layer"]
+                    errors[model, amount, seed][language] = record["error"]
     require(errors, "no ABX across speakers of that layer in these files")
-    amounts = sorted({amount for _, _, amount in errors}, key=seconds_of)
+    for (model, amount, _), languages in errors.items():
+        means[model, amount].append(fmean(languages.values()))
+    ends = {"none": 0, "all": math.inf}
+    seconds = {amount: ends[amount] if amount in ends else data.parse_seconds(amount)
+               for _, amount in means}
+    amounts = sorted(seconds, key=seconds.get)
     print_row("ABX across, %", "layer", *amounts)
-    lines = {}
-    for name, layer in sorted({key[:2] for key in errors}):
-        cells, line = [], lines.setdefault(f"{name}, layer {layer}", [])
-        for i, amount in enumerate(amounts):
-            seeds = errors.get((name, layer, amount), {}).values()
-            means = [fmean(languages.values()) for languages in seeds]
-            cells.append(f"{np.mean(means):.2f} ±{np.std(means):5.2f}" if means else "")
-            line += [(i, np.mean(means))] if means else []
-        print_row(name, layer, *cells)
-    if args.out:
-        write_page(args.out, [plot(f"ABX across, {', '.join(amounts)}", lines)])
+    for model in sorted({model for model, _ in means}):
+        found = (means.get((model, amount)) for amount in amounts)
+        print_row(*model, *(f"{np.mean(x):.2f} ±{np.std(x):5.2f}" if x else "" for x in found))
 
 
 # ======== command line ========
@@ -1462,7 +1436,7 @@ OPTIONS = {
     "--split": dict(default="test", help="of DiscoPhon's audio [test]"),
     "--keep-features": dict(action="store_true", help="write the features too"),
     "--seed": dict(type=int, default=0, help="of that choice [0]"),
-    "--out": dict(help="a folder; units: JSONL, abx and quality: JSON, look, compare: HTML"),
+    "--out": dict(help="a folder; units: JSONL, abx and quality: JSON, look: HTML"),
 }
 # Each verb's function and options; those with ! are needed.
 OUTPUTS = write_outputs, "--model! --audio! --out! --layer --longest"
@@ -1478,12 +1452,13 @@ VERBS = {
     "lm": (None, ""),
     **dict.fromkeys(TASKS, PAIRS),
     "look": (run_look, "--model! --audio! --alignments --layer --out"),
-    "compare": (compare, "runs --layer --out"),
+    "compare": (compare, "runs --layer"),
 }
 
 
 def parse(arguments=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = pretrain.Parser(description=__doc__,
+                             formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", metavar="verb")
     for verb, (function, options) in VERBS.items():
         command = verbs.add_parser(verb, allow_abbrev=False)

@@ -1290,10 +1290,9 @@ def test_pairs_from_audio(trained, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="a side of pair 0001 is missing"):
         run_pairs("tsc", *common, "0f")
     gold = GOLD.replace("frequency", "type")
-    for old, message in (("w1", "w1.wav: no such file"), ("w1,", "fileid '../w1'")):
-        (tmp_path / "gold.csv").write_text(gold.replace(old, "../w1," if "," in old else old))
-        with pytest.raises(InputError, match=message):
-            run_pairs("sblimp", *common, "0f")
+    (tmp_path / "gold.csv").write_text(gold)
+    with pytest.raises(InputError, match="no units of w1"):
+        run_pairs("sblimp", *common, "0f")
 
 
 # ======== evaluation: runs side by side ========
@@ -1312,9 +1311,8 @@ def test_adapted_runs_are_compared(tmp_path, cli):
                        dict(layer=1, speaker="within", error=99)]
             (run / f"abx_{when}.json").write_text(json.dumps(records))
     paths = sorted(tmp_path.iterdir())
-    code, out, err = cli(evaluate, "compare", *paths, "--out", "picture.svg")
+    code, out, err = cli(evaluate, "compare", *paths)
     assert code == 0 and re.search(r"plain, lora +1 +22.00 ± 4.00 +16.00 ± 4.00", out), out + err
-    assert Path("picture.svg").read_text().count("<polyline") == 1
 
 
 # ======== the README ========
