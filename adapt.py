@@ -106,7 +106,7 @@ class LowRank(nn.Module):
 def dama_ranks(layers, rank_max, rank_min):
     """(12) The U over depth: down over the first third, low in the middle, up over the last."""
     third = max(1, layers // 3)
-    down = [round(r) for r in np.linspace(rank_max, rank_min, third)]
+    down = [round(r) for r in np.linspace(rank_max, rank_min, third)]  # (12)
     return down + [rank_min] * (layers - 2 * third) + down[::-1]
 
 
@@ -147,9 +147,8 @@ def main():
     rows = audio_rows(o, place)
     o.steps = o.steps or steps_for(seconds_of(rows) / 3600)
     pretrain.check_options(o, model.config)
-    rows, held_out = hold_out(rows, o)
+    rows, held_out = hold_out(rows, o, model.config)
     unlabelled = data.Batches(rows, model.config, o, place.world * o.accumulate)
-    held_out = data.Batches(held_out, model.config, o, stream=(2,)) if held_out else None
 
     # ======== model, optimizer ========
     before = [[linear.weight.detach().clone() for linear in linears(layer)]
@@ -193,11 +192,7 @@ def main():
         if stopping and done < o.steps:
             pretrain.leave(place, done)
     if place.first:
-        pretrain.summary(log, f"{o.method}, {o.steps} steps on {seconds_of(rows) / 60:.1f} min")
-        print_changes(model, before)
-        print_held_out(log.path)
-        score(o, place, "after", o.out)
-        print(f"next: python evaluate.py units --model {o.out} --audio FOLDER --out units.jsonl")
+        conclude(o, place, log, model, before, seconds_of(rows))
 
 
 # ======== plumbing: skip at first reading ========
@@ -252,11 +247,20 @@ def print_held_out(path):
               "steps may be too many for so little audio", file=sys.stderr)
 
 
-def hold_out(rows, o):
-    """The recordings to learn from, and those to follow the loss on."""
+def hold_out(rows, o, config):
+    """The recordings to learn from, and the batches of those to follow the loss on, if any."""
     order = np.random.default_rng([o.seed, 10]).permutation(len(rows))
     count = min(math.ceil(o.held_out * len(rows)), len(rows) - 1)  # one is left to learn from
-    return [[rows[i] for i in sorted(part)] for part in (order[count:], order[:count])]
+    kept, held_out = ([rows[i] for i in sorted(part)] for part in (order[count:], order[:count]))
+    return kept, data.Batches(held_out, config, o, stream=(2,)) if held_out else None
+
+
+def conclude(o, place, log, model, before, seconds):
+    pretrain.summary(log, f"{o.method}, {o.steps} steps on {seconds / 60:.1f} min")
+    print_changes(model, before)
+    print_held_out(log.path)
+    score(o, place, "after", o.out)
+    print(f"next: python evaluate.py units --model {o.out} --audio FOLDER --out units.jsonl")
 
 
 def audio_rows(o, place):

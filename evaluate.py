@@ -302,7 +302,7 @@ def information(table):
         return float(-(p[p > 0] * np.log2(p[p > 0])).sum())
 
     h_phone, h_unit = entropy(joint.sum(1)), entropy(joint.sum(0))
-    return dict(pnmi=(h_phone + h_unit - entropy(joint)) / h_phone if h_phone > 0 else 0.0,
+    return dict(pnmi=(h_phone + h_unit - entropy(joint)) / h_phone if h_phone > 0 else 0.0,  # (14)
                 phone_purity=float(joint.max(0).sum()), cluster_purity=float(joint.max(1).sum()),
                 perplexity=2**h_unit, active=int((joint.sum(0) > 0).sum()))
 
@@ -311,7 +311,7 @@ def phone_error_rate(tracks, phone_of):
     """(14) Edits that turn the units' phones into the true ones, over the number of these."""
     heard = [dedupe(phone_of[units]) for units, _ in tracks]
     said = [dedupe(labels) for _, labels in tracks]
-    return sum(map(edit_distance, heard, said)) / sum(map(len, said))
+    return sum(map(edit_distance, heard, said)) / sum(map(len, said))  # (14)
 
 
 def edit_distance(x, y):
@@ -335,7 +335,7 @@ def boundaries(tracks, phone_of, tolerance=2):
         middles = np.array([-math.inf, *(said[1:] + said[:-1]) / 2, math.inf])
         begin = np.searchsorted(heard, np.maximum(said - tolerance, middles[:-1]), "left")
         end = np.searchsorted(heard, np.minimum(said + tolerance, middles[1:]), "right")
-        found += int((end > begin).sum())
+        found += int((end > begin).sum())  # (14)
         true += len(said)
         predicted += len(heard)
     recall, excess = found / max(true, 1), predicted / max(true, 1) - 1
