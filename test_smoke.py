@@ -1362,7 +1362,8 @@ def test_the_readme_s_commands_run(cli, toy, monkeypatch):
     for script, text in found:
         for written, here in (
             ("--compile", ""), ("--accumulate 16", ""), ("--accumulate 2", ""),
-            ("--steps 600", ""), ("--steps 400", ""), ("--languages wol", "--languages goxi"),
+            ("--steps 600", ""), ("--steps 400", ""), ("--steps 1500", ""),
+            ("--languages wol", "--languages goxi"),
             ("$l", "goxi"), ("$m", "foblo"), ("--budget 10min", "--budget 3s"), ("/wol/", "/goxi/"),
             ("--layer 6", "--layer 3"), ("phonetic/dev-clean/dev-clean.item", "dev-clean.item")):
             text = text.replace(written, here)
