@@ -487,7 +487,7 @@ def test_a_run_and_what_it_writes(cli, toy, reference):
     shutil.copytree(reference, "run")
     again = [pretrain, *small(toy, "--out", "run")]
     assert "finished; nothing to do" in cli(*again)[1]
-    refused(cli(*again, "--lr", "0.1"), "lr was 0.0012, now 0.1")
+    refused(cli(*again, "--lr", "0.1"), "lr was 0.002, now 0.1")
     # Over again, from another run and on the toy world: that ends with a table.
     more = "--init", reference, "--lr", 1e-12, "--ema-start", 0.99, "--valid", toy / "train.csv"
     again = [pretrain, *RUN.split(), "--toy", toy, "--steps", 1, *more, "--out", "run"]
