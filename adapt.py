@@ -55,7 +55,6 @@ class Options(EpisodeOptions):
     lr: float = option(5e-6, "after warm-up")
     warmup_steps: int = option(600, "linear warm-up")
     hold_steps: int = option(10**9, "the rest")
-    ema_start: float = option(1.0, "the teacher's decay; 1: it stands still")
     codebook_decay: float = option(0.8, "of the codewords' sums and counts")
     items: str = option("", "ABX items of the language: scores before and after")
     items_audio: str = option("", "the items' audio, if it is not --audio")

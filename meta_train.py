@@ -59,6 +59,7 @@ class EpisodeOptions(pretrain.StageOptions):
     forgetting: bool = option(True, "fresh codebooks and heads at the start")
     refit_steps: int = option(20, "SGD steps that fit the fresh heads to the fresh codebooks")
     refit_lr: float = option(5e-2, "their rate")
+    ema_start: float = option(1.0, "the teacher's decay; 1: it stands still")
 
 
 @dataclass
@@ -165,8 +166,8 @@ def fit_heads(heads, inputs, labels, o, team):
 # ======== MAdaPT: (8) FOBLO and (9) Reptile ========
 # phi, theta and delta are lists of every parameter *and buffer*: teacher, codebooks, classifiers,
 # all but the step counter. An episode resets theta, but not Adam, whose moments stay with their
-# worker from one episode to the next. The teacher stands still, because its decay is 1
-# (initial_model). A worker is a team of one rank or more, which share its batches.
+# worker from one episode to the next. The teacher stands still: its decay is 1
+# unless --ema-start is less. A worker is a team of one rank or more, which share its batches.
 
 
 def theta(model):
@@ -451,7 +452,7 @@ def lay_out(o, place):
 def initial_model(o):
     """The network that phi is taken from, and its phone inventories. The options whose default
     depends on it are set."""
-    changes = dict(layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=1.0)
+    changes = dict(layer_drop=o.layer_drop, codebook_decay=o.codebook_decay, ema_start=o.ema_start)
     if o.init == "random":
         model, inventory = SpidR(Config(**spidr.PRESETS[o.preset] | changes)), {}
     else:
