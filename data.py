@@ -432,8 +432,9 @@ def phone_classes(alignments, inventory):
 
 
 # ======== the toy world ========
-# Eight made-up languages: five to pretrain on, and three unseen ones with phones that no source
-# has, other vowels and nearly twice the pace. Speech is made as textbooks explain it: a source
+# Ten made-up languages: five to pretrain on, three unseen ones with phones that no source has, other
+# vowels and nearly twice the pace, and two far ones: tonu, whose vowels differ by tone, and qxan,
+# which has clicks and ejectives. Speech is made as textbooks explain it: a source
 # (pulses of the glottis, noise of a narrow passage) through a filter (the resonances of the mouth).
 # Speakers, sloppy articulation, echo and noise make it hard. All is a function of the seed and of
 # names.
@@ -449,13 +450,17 @@ LANGUAGES = {  # phones; pace; what its accent does to the resonances F1, F2, F3
     "goxi": ("i y e oe a u p t k b m n J s T x l", 1.8, (1.12, 0.93, 1)),
     "juthe": ("i y ix u e E t d ts Z z s n J N r T", 1.8, (0.9, 1.07, 1.03)),
     "wytsa": ("e oe @ ix o O b d g ts T f x v Z m n", 1.8, (1.1, 1.08, 0.96)),
+    "tonu": ("a1 a2 a3 a4 i1 i2 i3 i4 u1 u2 u3 u4 p t k m n s l", *PLAIN),
+    "qxan": ("i e a o u | ! || p' t' k' ts' t k m n s", *PLAIN),
 }
-SOURCES, TARGETS = list(LANGUAGES)[:5], list(LANGUAGES)[5:]
+SOURCES, TARGETS, FAR = list(LANGUAGES)[:5], list(LANGUAGES)[5:8], list(LANGUAGES)[8:]
 EVAL_SOURCES, LM_LANGUAGE = SOURCES[:2], SOURCES[0]
 CORPORA = {  # languages; of each: recordings, speakers; sentences in a recording; dB over the noise
     "train": (SOURCES, 48, 16, (5, 7.5), (2, 18)),
     "eval": (TARGETS + EVAL_SOURCES, 32, 4, (2, 7), (2, 18)),
     "target": (TARGETS, 60, 6, (5, 7.5), (2, 18)),
+    "far_eval": (FAR, 32, 4, (2, 7), (2, 18)),
+    "far_target": (FAR, 60, 6, (5, 7.5), (2, 18)),
     "lm": ([LM_LANGUAGE], 240, 6, (5, 7.5), (12, 25)),  # read in a quiet place, as audiobooks are
 }
 
@@ -473,7 +478,10 @@ GLIDES = {
 LABIAL, DENTAL = (330, 850, 2200, 0.25, 5000, 4000), (340, 1350, 2600, 0.3, 6400, 1500)
 ALVEOLAR, PALATAL = (340, 1700, 2650, 0.8, 6000, 1100), (290, 2150, 2850, 0.8, 3400, 800)
 VELAR, GLOTTAL = (320, 1700, 2100, 0.5, 1900, 500), (500, 1450, 2500, 0.4, 1400, 1200)
-MANNERS = [  # 10 ms frames; voice, noise and nasality in each of its parts, which last equally long
+TONES = {"1": (0.25, 0.25), "2": (-0.25, -0.25), "3": (-0.25, 0.25), "4": (0.25, -0.25)}
+# 10 ms frames; voice, noise, nasality and tone, a logarithm of pitch, in each of its parts, which
+# last equally long.
+MANNERS = [
     (18, [(0, 0, 0)], {"SIL": (500, 1450, 2500)}),
     (10, [(1, 0, 0)], VOWELS),
     (7, [(0.5, 0, 0)], GLIDES),
@@ -484,6 +492,12 @@ MANNERS = [  # 10 ms frames; voice, noise and nasality in each of its parts, whi
     (9, [(0.25, 0.6, 0)], {"v": LABIAL, "z": ALVEOLAR, "Z": PALATAL}),
     (9, [(0, 1, 0)], {"f": LABIAL, "T": DENTAL, "s": ALVEOLAR, "S": PALATAL, "x": VELAR,
                       "h": GLOTTAL}),
+    (9, [(0, 0, 0), (0, 0, 0), (0, 1.5, 0), (0, 0, 0)], {
+        "p'": LABIAL, "t'": ALVEOLAR, "k'": VELAR, "ts'": ALVEOLAR}),
+    (8, [(0, 0, 0), (0, 0, 0), (0, 0, 0), (0, 4, 0)], {
+        "|": DENTAL, "!": VELAR, "||": PALATAL}),
+    *((11, [(1, 0, 0, begin), (1, 0, 0, end)], {vowel + tone: VOWELS[vowel] for vowel in "aiu"})
+      for tone, (begin, end) in TONES.items()),
 ]
 PHONES = {
     phone: (frames, parts, place)
@@ -499,7 +513,9 @@ def chance(*key):
 def make_language(seed, name):
     """The words, each a tuple of phones, by what they are; nouns and verbs belong to 4 topics."""
     phones, rng, taken = LANGUAGES[name][0].split(), chance(seed, "language", name), set()
-    kinds = {"V": [p for p in phones if p in VOWELS], "C": [p for p in phones if p not in VOWELS]}
+    kinds = {
+        "V": [p for p in phones if p.strip("1234") in VOWELS],
+        "C": [p for p in phones if p.strip("1234") not in VOWELS]}
 
     def words(count, shapes, *ending):
         found = []
@@ -561,27 +577,28 @@ def smooth(track, steps):
 
 
 def articulate(tokens, voice, rng):
-    """Tokens -> a row every 5 ms [T, 8]: F1 F2 F3, voice, noise, nasality, the noise's centre and
-    width. Tongue and lips are slow: formants glide over 75 ms, so a phone sounds of its neighbours,
+    """Tokens -> a row every 5 ms [T, 9]: F1 F2 F3, tone, voice, noise, nasality, the noise's centre
+    and width. Tongue and lips are slow: formants glide over 75 ms, so a phone sounds of its neighbours,
     and a short one never reaches its target."""
     rows, steps = [], []
     for phone, frames in tokens:
         _, parts, place = PHONES[phone]
         strength, centre, width = place[3:] or (0, 2000, 2000)
         sloppy = rng.normal(1, 0.09, 8)  # nobody says it twice the same
-        rows += [sloppy * (*place[:3], voiced, noise * strength, nasal, centre, width)
-                 for voiced, noise, nasal in parts]
+        rows += [
+            np.insert(sloppy * (*place[:3], voiced, noise * strength, nasal, centre, width), 3,
+                      sum(tone)) for voiced, noise, nasal, *tone in parts]
         steps += np.diff(np.arange(len(parts) + 1) * 2 * frames // len(parts)).tolist()
     track = np.repeat(rows, steps, axis=0)
-    formants = smooth(track[:, :3] * voice["formants"], 15)
-    return np.hstack([formants, smooth(track[:, 3:], 3)]).astype(np.float32)
+    slow = smooth(track[:, :4] * (*voice["formants"], 1), 15)
+    return np.hstack([slow, smooth(track[:, 4:], 3)]).astype(np.float32)
 
 
 def speak(tokens, voice, rng):
     """Tokens -> clean speech [N], 160 samples a frame."""
     track = articulate(tokens, voice, rng)
     steps, hertz = len(track), np.linspace(0, 8000, 201, dtype=np.float32)
-    f1, f2, f3, voicing, noise, nasal, centre, width = track.T[:, :, None]  # each [T, 1]
+    f1, f2, f3, tone, voicing, noise, nasal, centre, width = track.T[:, :, None]  # each [T, 1]
 
     def bump(centre, width):
         return 1 / (1 + ((hertz - centre) / width) ** 2)  # [T, 201]
@@ -592,7 +609,7 @@ def speak(tokens, voice, rng):
     mouth *= voicing
     passage = noise * bump(centre, width) * np.sqrt(1000 / width) + 0.05 * mouth
 
-    pitch = voice["pitch"] * np.exp(0.6 * smooth(rng.normal(0, 1, (steps, 1)), 61)[:, 0])
+    pitch = voice["pitch"] * np.exp(tone + 0.6 * smooth(rng.normal(0, 1, (steps, 1)), 61))[:, 0]
     pulses = np.diff(np.floor(np.cumsum(np.repeat(pitch, 80)) / SAMPLE_RATE), prepend=0)
     pulses *= 3 * np.sqrt(SAMPLE_RATE / voice["pitch"])
     # Both sources in overlapping windows of 25 ms, each given its spectrum, and added up again.
