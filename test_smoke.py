@@ -1327,8 +1327,9 @@ def test_the_readme_names_what_is_there():
             attrgetter(name)(importlib.import_module(script))
 
 
-def test_the_readme_s_commands_run(cli, toy, monkeypatch):
-    """All of them, in their order, in a folder that has what they name, with presets made small."""
+@pytest.fixture
+def small_presets(toy, tmp_path, monkeypatch):
+    """The presets made small, and the toy world at its usual place."""
     stage = dict(batch_samples=64_000, max_samples=32_000, loaders=0, restart=True)
     episodes = dict(workers=1, updates=1, inner_steps=1, outer_steps=1, chunk_seconds=15,
                     chunk_min_seconds=3)
@@ -1344,10 +1345,15 @@ def test_the_readme_s_commands_run(cli, toy, monkeypatch):
         for name in presets:
             monkeypatch.setitem(presets, name, small)
     monkeypatch.setattr(data, "TARGETS", ["goxi"])
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy").symlink_to(toy)
+
+
+def test_the_readme_s_commands_run(cli, toy, small_presets):
+    """All of them, in their order, in a folder that has what they name."""
     Path("phonetic").mkdir()
-    Path("runs").mkdir()
-    for pair in ("audio train, librilight train/nore, recordings target/goxi, runs/toy ., "
-                 "lexical lm/lexical, syntactic lm/syntactic, tsc lm/tsc, dev-clean.item "
+    for pair in ("audio train, librilight train/nore, recordings target/goxi, lexical lm/lexical, "
+                 " syntactic lm/syntactic, tsc lm/tsc, dev-clean.item "
                  "eval/goxi.item, phones.csv train_alignments.csv, phonetic/dev-clean eval/goxi, "
                  "DISCOPHON discophon").split(", "):
         name, path = pair.split()
@@ -1371,3 +1377,24 @@ def test_the_readme_s_commands_run(cli, toy, monkeypatch):
         argv = [str(path) for paths in words for path in paths]
         status, _, err = cli(importlib.import_module(script), *argv)
         assert status == 0, (script, argv, err)
+
+
+def test_each_experiment_runs(cli, small_presets, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "assets")
+    experiments = importlib.import_module("experiments")
+
+    def run(script, *words):
+        words = [{"10min": "3s", 600: 3}.get(word, word) for word in words]
+        status, out, err = cli(importlib.import_module(Path(script).stem), *words)
+        assert status == 0, (script, words, err)
+        return out
+
+    for name, value in (("run", run), ("GRID", [[1]] * 3), ("BATCHES", [[4], [1e-3]]),
+                        ("INNER", [1]), ("BETAS", [("foblo", 1), ("maml", 1)]),
+                        ("AMOUNTS", [10])):
+        monkeypatch.setattr(experiments, name, value)
+    monkeypatch.setattr(data, "FAR", ["qxan"])
+    experiments.RESULTS.mkdir(parents=True)
+    experiments.table(0, [0, 10], ["sl-foblo"])
+    for name in "labels layers batch grid far maml follow draw".split():
+        getattr(experiments, name)(0)
