@@ -43,7 +43,7 @@ class Options(EpisodeOptions):
 
     init: str = option("runs/meta", "what to adapt: a run or a checkpoint, a released one too")
     audio: str = option("", "folder or manifest of unlabelled audio; without one the toy world's")
-    held_out: float = option(0.1, "part of the audio that only tells how adaptation goes; or 0")
+    held_out: float = option(0.1, "part of the audio held out, to follow the loss on; 0: none")
     language: str = option("", "of the audio, all unless given; of the toy world, goxi")
     budget: str = option("", "a random part of the audio: 10min, 1h, 90s")
     out: str = option("runs/adapt", "the run's folder")

@@ -54,10 +54,11 @@ def make_mask(batch, frames, rng, prob=0.8, span=10):
 
 
 # ======== batches ========
-# Randomness for one purpose has its own number after the seed, the stream: 0 unlabelled batches,
-# 1 labelled ones, 2 validation; in meta-training 4 chunks, 5 their order, 6 and 7 the batches of an
-# episode; in adaptation 9 the budget, 10 what is held out. After it come the epoch and what is
-# drawn: [epoch] the order, [epoch, batch, 2] a mask, [epoch, recording, 1] a crop.
+# Every use of randomness has a generator of its own, whose key is a list of numbers: the seed, the
+# stream, the epoch, and what is drawn. The stream says what for: 0 unlabelled batches, 1 labelled
+# ones, 2 validation; in meta-training 4 the chunks, 5 their order, 6 and 7 the batches of an
+# episode; in adaptation 9 the budget, 10 what is held out. After the epoch comes nothing for the
+# order of the batches, (batch, 2) for a mask, and (recording, 1) for a crop.
 
 
 def make_buckets(lengths, index, budget, ratio=1.2):
@@ -432,12 +433,11 @@ def phone_classes(alignments, inventory):
 
 
 # ======== the toy world ========
-# Ten made-up languages: five to pretrain on, three unseen ones with phones that no source has, other
-# vowels and nearly twice the pace, and two far ones: tonu, whose vowels differ by tone, and qxan,
-# which has clicks and ejectives. Speech is made as textbooks explain it: a source
-# (pulses of the glottis, noise of a narrow passage) through a filter (the resonances of the mouth).
-# Speakers, sloppy articulation, echo and noise make it hard. All is a function of the seed and of
-# names.
+# Ten made-up languages: five to pretrain on; three unseen ones with phones that no source has,
+# other vowels and nearly twice the pace; and two far ones: tonu, whose vowels differ by tone, and
+# qxan, which has clicks and ejectives. Speech is made as textbooks explain it: a source (pulses of
+# the glottis, noise of a narrow passage) through a filter (the resonances of the mouth). Speakers,
+# sloppy articulation, echo and noise make it hard. All is a function of the seed and of names.
 
 TOY_VERSION = 5
 PLAIN = 1, (1, 1, 1)
@@ -578,8 +578,8 @@ def smooth(track, steps):
 
 def articulate(tokens, voice, rng):
     """Tokens -> a row every 5 ms [T, 9]: F1 F2 F3, tone, voice, noise, nasality, the noise's centre
-    and width. Tongue and lips are slow: formants glide over 75 ms, so a phone sounds of its neighbours,
-    and a short one never reaches its target."""
+    and width. Tongue and lips are slow: formants glide over 75 ms, so a phone sounds of its
+    neighbours, and a short one never reaches its target."""
     rows, steps = [], []
     for phone, frames in tokens:
         _, parts, place = PHONES[phone]
@@ -743,8 +743,8 @@ def write_discophon(folder, world):
         for row in rows:
             shutil.copy(row.path, audio)
             at = 0
-            for phone, run in groupby(phones[row.fileid][0]):
-                begin, at = at, at + len([*run])
+            for phone, same in groupby(phones[row.fileid][0]):
+                begin, at = at, at + len([*same])
                 lines.append(f"{row.fileid} {begin / 100:.2f} {at / 100:.2f} {phone}")
         for kind in "alignment", "item", "manifest":
             (folder / kind).mkdir(exist_ok=True)
@@ -771,11 +771,10 @@ def toy(folder, parts=(*CORPORA, "discophon"), seed=0, scale=1.0):
             make_part(place, part, about)
         try:
             about = json.loads((place / "toy.json").read_text())
-            version = about["version"]
+            require(about["version"] == TOY_VERSION, "another version")
         except (OSError, ValueError, KeyError, TypeError):
-            version = None
-        require(version == TOY_VERSION, f"{place}: no toy world, or one of another version of the "
-                "code: name a new folder")
+            raise InputError(f"{place}: no toy world, or one of another version of the code: name "
+                             "a new folder") from None
     return Path(folder)
 
 

@@ -56,7 +56,7 @@ from tqdm import tqdm
 import data
 import model as spidr
 import pretrain
-from model import InputError, all_sum, option, require, run
+from model import InputError, all_sum, option, require
 
 RATE = 50  # frames a second
 HOP, FIELD = 320, 400  # samples from one frame to the next, and samples that a frame sees
@@ -122,12 +122,13 @@ DISTANCES = {"angular": angular, "euclidean": euclidean, "identity": identity}  
 
 
 def dtw(table, tx, ty):
-    """Dynamic time warping: the mean distance of frames along the best path, for P pairs of tokens.
+    """Dynamic time warping of P pairs of tokens: the mean distance of frames along the best path.
 
-    table [Tx + 1, Ty + 1, P] holds at (i, j) the distance of x's i-th frame from y's j-th, counted
-    from 1; row 0 and column 0 are free. It turns into the cost of the best path from (1, 1) to
-    (i, j). Pair p has tx[p] and ty[p] frames; what lies beyond them has no influence.
-    -> [2, P]: of x from y, and of y from x, which is not the same where paths cost the same.
+    At first table[i, j, p], with i and j from 1, is the distance of frame i of x from frame j of y
+    in pair p; row 0 and column 0 are a border, with any content. The table is overwritten by the
+    cost of the best path from (1, 1) to (i, j). Pair p has tx[p] and ty[p] frames. What is beyond
+    them is padding and changes nothing. Returns [2, P]: d(x, y) and d(y, x). They differ only where
+    several paths cost the same, because each then takes another one.
     """
     height, width, pairs = table.shape
     table[0], table[:, 0] = np.inf, np.inf
@@ -187,8 +188,8 @@ def abx_xs(runs, speaker, max_x_across, random):
 
 
 def errors(to_a, to_b):
-    """An X's distances from all A and all B -> for each B, how many triples with it are wrong, that
-    is, in how many X is nearer to B than to A; half of one on a tie."""
+    """From an X's distances from all A and all B: for each B the number of A for which the triple
+    is wrong. It is wrong if X is nearer to B than to A. A tie counts half."""
     to_a = to_a[:, None]
     return (to_a > to_b).sum(0) + (to_a == to_b).sum(0) / 2  # (13)
 
@@ -231,8 +232,8 @@ def abx_details(features, item_file, speaker="within", context="within", distanc
     speakers, phones = ({getattr(item, name) for item in items} for name in ("speaker", "phone"))
     require(cells, f"{item_file}: no cell for ABX {speaker} speaker, {context} context: no A, B "
             f"and X among {len(items)} items of {len(speakers)} speaker(s), {len(phones)} phone(s)")
-    # The mean over contexts and speakers of X, then over speakers, then over pairs (A, B).
-    # Where the context does not count, speakers and speakers of X are one mean.
+    # First the mean over contexts and speakers of X, then over speakers of A and B, then over
+    # pairs (A, B). If any context will do, the first two are one mean.
     pairs = defaultdict(list)
     for (a, b, _), shares in cells.items():
         pairs[a, b] += [fmean(shares)] if context == "within" else shares
@@ -297,12 +298,9 @@ def count_table(tracks, names):
 def information(table):
     """(14) PNMI = I(phone; unit) / H(phone), and what else the counts tell."""
     joint = table / table.sum()  # p(phone, unit)
-
-    def entropy(p):  # in bits
-        return float(-(p[p > 0] * np.log2(p[p > 0])).sum())
-
-    h_phone, h_unit = entropy(joint.sum(1)), entropy(joint.sum(0))
-    return dict(pnmi=(h_phone + h_unit - entropy(joint)) / h_phone if h_phone > 0 else 0.0,  # (14)
+    h_phone, h_unit, h_both = (spidr.entropy(torch.from_numpy(p)).item()  # in bits
+                               for p in (joint.sum(1), joint.sum(0), joint.flatten()))
+    return dict(pnmi=(h_phone + h_unit - h_both) / h_phone if h_phone > 0 else 0.0,  # (14)
                 phone_purity=float(joint.max(0).sum()), cluster_purity=float(joint.max(1).sum()),
                 perplexity=2**h_unit, active=int((joint.sum(0) > 0).sum()))
 
@@ -326,8 +324,8 @@ def edit_distance(x, y):
 
 
 def boundaries(tracks, phone_of, tolerance=2):
-    """(14) F1 and R-value of where labels change, in steps of 10 ms: a true boundary is found if a
-    predicted one lies within 20 ms of it, and no nearer to its neighbours."""
+    """(14) F1 and R-value of where labels change, in steps of 10 ms. A true boundary is found if a
+    predicted one lies within 20 ms of it and is not nearer to another true boundary."""
     found = true = predicted = 0
     for units, labels in tracks:
         said = np.flatnonzero(np.diff(labels)) + 1
@@ -486,7 +484,7 @@ def read_recording(row):
         wav = data.standardise(data.read_audio(row.path))
         require(len(wav) >= FIELD, f"{len(wav)} samples are too short for a frame")
     except InputError as error:
-        raise InputError(f"{row.where or row.path}: {error}") from None
+        raise InputError(f"{row.where}: {error}") from None
     return wav
 
 
@@ -680,10 +678,8 @@ def write_outputs(args):
     encoder = load_encoder(args.model)
     layer = encoder.layer(args.layer, units)
     found = extract(rows, encoder, [layer], units, args.longest)
-    if units:
-        write_units(out, ((fileid, x) for fileid, (x,) in found), encoder, layer)
-    else:
-        write_features(out, ((fileid, x) for fileid, (x,) in found), encoder, layer)
+    write = write_units if units else write_features
+    write(out, ((fileid, x) for fileid, (x,) in found), encoder, layer)
     print(f"{len(rows)} files, layer {layer} of {encoder.name}, {RATE} Hz: {out}")
 
 
@@ -838,8 +834,7 @@ def discover(root, out, encoder, layer, code, args):
     name, found = f"{code}-{args.split}", {}
     rows = data.read_manifest(root / "audio" / code / args.split)
     units = units_of(rows, encoder, layer)
-    write_units(out / f"units-{name}.jsonl", ((f, torch.tensor(x)) for f, x in units.items()),
-                encoder, layer)
+    write_units(out / f"units-{name}.jsonl", units.items(), encoder, layer)
     alignment, items = (root / "alignment" / f"alignment-{name}.txt",
                         root / "item" / f"triphone-{name}.item")
     if alignment.exists():
@@ -852,8 +847,7 @@ def discover(root, out, encoder, layer, code, args):
         frames = {file: x for file, (x,) in extract(rows, encoder, [layer])}
         if args.keep_features:
             write_features(out / f"features-{name}", frames.items(), encoder, layer)
-        codes = {file: torch.tensor(units[file])[:, None] for file in frames}
-        for kind, features, distance in (("units", codes, "identity"),
+        for kind, features, distance in (("units", units, "identity"),
                                          ("features", frames, "angular")):
             for speaker in "within", "across":
                 found[f"{kind} {speaker}"] = abx(
@@ -900,9 +894,9 @@ LM_PRESETS = {"opt125m": {}, "tiny": dict(
 
 
 def lm_batch(sequences, boundary, o, number):
-    """Micro-batch `number`, a function of (seed, number): [B, T + 1], padded with -1. One of the
-    sequences, which are sorted by length, and those after it, as many as fit, each between two
-    boundaries; what is longer than the context is cropped."""
+    """Micro-batch `number`, a function of (seed, number): [B, T + 1], padded with -1. The sequences
+    are sorted by length. The batch has a random one and those after it, as many as fit. Each stands
+    between two boundaries. What is longer than the context is cropped at random."""
     rng, rows = np.random.default_rng([o.seed, number]), []
     for units in sequences[rng.integers(len(sequences)) :]:
         length = min(len(units) + 1, o.context)
@@ -949,8 +943,8 @@ def train_lm(arguments):
     optimizer = pretrain.make_optimizer(lm, o)
 
     # ======== resume ========
-    about = header | dict(utterances=len(units), tokens=sum(map(len, sequences)))
-    first, totals = pretrain.resume(pretrain.open_run(o, lm, place, about=about), lm, optimizer)
+    trained = header | dict(utterances=len(units), tokens=sum(map(len, sequences)))
+    first, totals = pretrain.resume(pretrain.open_run(o, lm, place, about=trained), lm, optimizer)
     if first >= o.steps:
         return pretrain.finished(o, place)
     log, stop = pretrain.Log(o, place, o.steps, first, totals), pretrain.Stop(place)
@@ -1041,8 +1035,7 @@ def units_of_files(args, header, folder, names):
         encoder, rows = load_encoder(args.model), data.read_manifest(folder, only={*names})
         require(encoder.hash == header["hash"], f"--model {args.model}: other weights than those "
                 f"of {header['model']}, on whose units --lm {args.lm} was trained")
-        found = extract(rows, encoder, [encoder.layer(header["layer"], units=True)], units=True)
-        units = {name: x.numpy() for name, (x,) in found}
+        units = units_of(rows, encoder, header["layer"])
     for name in names:
         require(name in units, f"{args.units or folder}: no units of {name}")
     return units
@@ -1463,9 +1456,9 @@ def parse(arguments=None):
     for verb, (function, options) in VERBS.items():
         command = verbs.add_parser(verb, allow_abbrev=False)
         command.set_defaults(function=function)
-        for option in options.split():
-            needed = {"required": True} if option.endswith("!") else {}
-            command.add_argument(option.rstrip("!"), **OPTIONS[option.rstrip("!")], **needed)
+        for name in options.split():
+            needed = {"required": True} if name.endswith("!") else {}
+            command.add_argument(name.rstrip("!"), **OPTIONS[name.rstrip("!")], **needed)
     return parser.parse_args(arguments)
 
 
@@ -1481,4 +1474,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    spidr.run(main)

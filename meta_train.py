@@ -117,8 +117,8 @@ def make_tasks(rows, o, draw):
         members = [members[i] for i in order]
         seconds = np.array([row.num_samples / data.SAMPLE_RATE for row in members])
         chunks, rest = divmod(seconds.sum(), o.chunk_seconds)
-        # A remainder as long as the longest recording always contains the start of one, so that
-        # no chunk is empty.
+        # A chunk has the recordings that start in it. A remainder as long as the longest recording
+        # has one for sure. A shorter one could be empty, so it joins the chunk before it.
         chunks = max(1, int(chunks) + (rest >= max(o.chunk_min_seconds, seconds.max())))
         starts = np.cumsum(seconds) - seconds
         chunk_of = np.minimum(starts // o.chunk_seconds, chunks - 1)
@@ -164,10 +164,11 @@ def fit_heads(heads, inputs, labels, o, team):
 
 
 # ======== MAdaPT: (8) FOBLO and (9) Reptile ========
-# phi, theta and delta are lists of every parameter *and buffer*: teacher, codebooks, classifiers,
-# all but the step counter. An episode resets theta, but not Adam, whose moments stay with their
-# worker from one episode to the next. The teacher stands still: its decay is 1
-# unless --ema-start is less. A worker is a team of one rank or more, which share its batches.
+# phi, theta and delta are lists of tensors: every parameter and every buffer of the model, also of
+# its teacher, codebooks and classifiers, but not the step counter. Each episode begins with
+# theta = phi. Adam is not reset: its moments stay with their worker from one episode to the next.
+# The teacher stands still unless --ema-start is less than 1. A worker is a team of one or more
+# ranks, which share its batches.
 
 
 def theta(model):
@@ -183,8 +184,9 @@ def add(vectors, others, scale):
 
 
 def cyclic_lr(step, o):
-    """In the self-supervised steps of an episode the rate climbs to that which `lr_at` has at the
-    end of the episode. In supervised steps it is `lr_at` itself."""
+    """The rate within an episode. In self-supervised steps it climbs for `ramp_steps` to the rate
+    that `lr_at` has at the end of the episode, and stays there. In supervised steps it is `lr_at`
+    itself."""
     length = o.inner_steps + o.outer_steps
     start = step - step % length
     if o.method == "foblo" and step - start >= o.inner_steps:
@@ -296,7 +298,7 @@ def meta_gradient(model, o, inner, outer, exact=True, checkpointed=False):
 def maml(model, o, first, unlabelled, labelled):
     """An episode. It leaves phi - the gradient in the model, as if that were theta_{M+N}."""
     inner = first + [next(unlabelled)[0] for _ in range(o.inner_steps - 1)]
-    outer = [next(labelled)[0] for _ in range(max(1, o.outer_steps))]
+    outer = [next(labelled)[0] for _ in range(o.outer_steps)]
     with sdpa_kernel(SDPBackend.MATH):  # no other attention kernel has a second derivative
         gradients, loss = meta_gradient(model, o, inner, outer)
     skipped = ~torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all()
@@ -360,9 +362,10 @@ def check_options(o, place):
     methods = "foblo", "reptile", "maml"
     require(o.method in methods, f"--method {o.method}: one of {', '.join(methods)}")
     alone = place.world == o.accumulate == 1
-    require(alone or not (o.measure or o.method == "maml"), "MAML runs in one process, with "
-            "one micro-batch a step")
-    require(o.method != "maml" or o.outer_steps > 0, "MAML needs --outer-steps")
+    if o.measure or o.method == "maml":
+        require(alone, "MAML runs in one process, with one micro-batch a step")
+        require(o.outer_steps > 0, "MAML needs --outer-steps")
+        require(o.method != "reptile", "--measure compares FOBLO and MAML: Reptile has no labels")
 
 
 def measure(model, o, episodes, place):
@@ -370,7 +373,7 @@ def measure(model, o, episodes, place):
     the order of the memory that they need."""
     unlabelled, labelled = episodes(0)
     inner = [unlabelled[i] for i in range(o.inner_steps)]
-    outer = [labelled[i] for i in range(max(1, o.outer_steps))]
+    outer = [labelled[i] for i in range(o.outer_steps)]
     before = {name: t.clone() for name, t in model.state_dict().items()}
     every, plain, first = [*SDPBackend.__members__.values()][1:], [SDPBackend.MATH], None
     for way, kernels, how in (

@@ -635,8 +635,9 @@ def faster_on_cpu(model):
 
 
 class FasterConv1d(nn.Conv1d):
-    """For a picture of height one, the channels of a time step may lie side by side in memory, as
-    the norms before and after want them. A conv1d would copy them into rows of time and back."""
+    """Computes a conv1d as a conv2d over a picture of height one. In that layout the channels of a
+    time step may stay side by side in memory, as the norms before and after want them. A conv1d
+    would copy them into another layout and back."""
 
     def forward(self, x):  # [B, C_in, N] -> [B, C, N']
         if self.in_channels == 1:  # what the kernel sees, [B, N', kernel], is a view of the input
@@ -650,8 +651,9 @@ class FasterConv1d(nn.Conv1d):
 
 
 class StridedConv(torch.autograd.Function):
-    """PyTorch's gradient to the weight is slow in that layout. Here it is a product for every
-    `stride` taps of the kernel, which see, over all steps, nothing but a view of the input."""
+    """PyTorch's gradient to the weight is slow in that layout. So the kernel is taken `stride` taps
+    at a time. What these taps see over all steps is a view of the input, and their gradient is one
+    product of matrices with it."""
 
     @staticmethod
     def forward(ctx, x, weight, stride):

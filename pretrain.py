@@ -155,9 +155,9 @@ def move(optimizer, gradients, count, lr, o):
     """One step of AdamW along the mean of gradients that are sums over `count` frames."""
     norm = torch.nn.utils.get_total_norm(gradients) / count
     torch._foreach_mul_(gradients, (o.clip / (norm + 1e-6)).clamp(max=1.0) / count)
-    # A gradient that is not finite on one rank makes the sum so on all ranks: all of them skip the
-    # step, without having to talk about it. Where found_inf, on the device, is 1, the fused AdamW
-    # changes nothing, and nothing had to wait for a GPU. The teacher follows the same student.
+    # If the gradient is not finite on one rank, the sum is not finite on any. So all ranks skip the
+    # step and need not agree on it. found_inf tells the fused AdamW to change nothing. It stays on
+    # the device, so nothing waits for a GPU. The teacher then follows a student that has not moved.
     skipped = (~norm.isfinite()).float()
     optimizer.found_inf = skipped
     for group in optimizer.param_groups:
@@ -465,8 +465,9 @@ def validate(model, batches, o, place):
 
 
 def open_run(o, model, place, rows=(), about=None):
-    """The run's folder, new or to be resumed with the same options and audio. Returns its
-    checkpoint, or None. What it is about is the model's configuration, unless given."""
+    """Opens the run's folder, a new one or one to go on with. Then options and audio have to be the
+    same. Returns the checkpoint to go on from, or None. `about` describes what is trained; by
+    default it is the model's configuration."""
     out, described = Path(o.out), Path(o.out, "config.json")
     on_gpu = place.device.type == "cuda"
     record = {
@@ -591,7 +592,8 @@ class Log:
         self.metrics.append(metrics)
 
     def write(self, step):
-        """All ranks call it: it sums what they heard, and they count alike what they skipped."""
+        """Every rank has to call it, because it sums what all ranks heard. Skipped steps need no
+        sum: all ranks skip the same ones."""
         values, totals = defaultdict(list), self.totals
         for metrics in self.metrics:
             for name, value in metrics.items():
