@@ -1312,7 +1312,7 @@ def small_presets(toy, tmp_path, monkeypatch):
     for presets, small in (
         (spidr.PRESETS, dict(norm="group_norm", dim=32, layers=4, heads=2, ffn=64, codebooks=2,
                              codewords=8, conv_layers=CONVS)),
-        (pretrain.PRESETS, stage | dict(steps=3, supervised_layer=2)),
+        (pretrain.PRESETS, stage | dict(steps=3, supervised_every=2, supervised_layer=2)),
         (meta_train.PRESETS, stage | episodes),
         (adapt.PRESETS, stage | dict(steps=1, rank_max=2)),
         (evaluate.LM_PRESETS, dict(layers=1, dim=16, heads=2, steps=2, batch_tokens=256,

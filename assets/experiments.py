@@ -1,7 +1,7 @@
 """The experiments behind README's "Results", and their pictures.
 
     python assets/experiments.py table --seed 0      # and labels, layers, batch, grid, far, maml
-    python assets/experiments.py draw                # assets/*.svg and the README's tables, of all
+    python assets/experiments.py draw                # assets/results/README.md, assets/*.svg
 
 in the repository's folder. Each result is a line of assets/results/NAME.jsonl, the runs are in
 runs/experiments. Where it was killed, the same command goes on. Two of them run side by side with
@@ -57,19 +57,19 @@ def record(name, key, found):
 
 @functools.cache
 def pretrained(start, seed, *more):
-    """A pretrained model: ssl without labels, sl with labels in every second step."""
+    """A pretrained model: with labels in every second step, or ssl, without any."""
     out = RUNS / f"{start}{seed}"
-    labels = [] if start == "sl" else ["--supervised-every", 0]
+    labels = ["--supervised-every", 0] if start == "ssl" else []
     run("pretrain.py", "--seed", seed, "--out", out, *labels, "--keep-every", 100, *more)
     return out
 
 
 @functools.cache
-def then(start, seed, method, *more, labels=""):
+def then(init, seed, method, *more, name=""):
     """What comes between pretraining and adaptation. The control has the 600 steps of all workers
     of FOBLO, 200 of them with labels, and no episodes. single has one worker, and so as many
     labelled steps in a row as the control."""
-    init, out = pretrained(start, seed), RUNS / f"{start}-{method}{labels}{seed}"
+    out = RUNS / f"{init.name}-{method}{name}"
     common = "--init", init, "--seed", seed, "--out", out, *more
     if method == "control":
         run("pretrain.py", *common, "--steps", 600, "--supervised-every", 3, "--lr", 1e-3)
@@ -110,7 +110,8 @@ def table(seed, minutes, models):
     and after some minutes of audio."""
     for amount, name in itertools.product(minutes, models or MODELS):
         start, _, method = name.partition("-")
-        model = then(start, seed, method) if method else pretrained(start, seed)
+        model = pretrained(start, seed)
+        model = then(model, seed, method) if method else model
         key = {"seed": seed, "model": name, "minutes": amount}
         if amount == 0:
             discover("table", key, model)
@@ -149,11 +150,13 @@ def few_labels(seconds):
 
 
 def labels(seed):
-    """FOBLO and the control from SSL, with labels of a minute and of ten seconds a language."""
+    """Labels of a minute and of ten seconds a language: pretraining with them, then FOBLO or the
+    control with the same ones."""
     for seconds in AMOUNTS:
         audio = "--manifest", TOY / "train.csv", "--alignments", few_labels(seconds)
-        for method in "foblo", "control":
-            model = then("ssl", seed, method, *audio, "--preset", "tiny", labels=f"-{seconds}s-")
+        init = pretrained(f"few{seconds}s", seed, *audio, "--preset", "tiny")
+        for method in "", "foblo", "control":
+            model = then(init, seed, method, *audio, "--preset", "tiny") if method else init
             key = {"seed": seed, "seconds": seconds, "then": method}
             discover("labels", key | {"phone_accuracy": last(model, "phone_accuracy")}, model)
 
@@ -175,10 +178,10 @@ def teacher_labels(checkpoint):
 
 
 def layers(seed):
-    """SpidR and DinoSR without labels: the perplexity of the codewords used, how many are, and the
-    share of frames whose label is another than a hundred steps before, by codebook."""
+    """SpidR and DinoSR: the perplexity of the labels, how many codewords they are, and the share of
+    frames whose label is another than a hundred steps before, by codebook."""
     for objective in "spidr", "dinosr":
-        start = "ssl" if objective == "spidr" else "dinosr"
+        start = "sl" if objective == "spidr" else "dinosr"
         model = pretrained(start, seed, "--objective", objective)
         before, paths = None, sorted(model.glob("step_*.pt"), key=lambda p: int(p.stem[5:]))
         for path in paths:
@@ -198,14 +201,14 @@ def layers(seed):
 
 # ======== batch and rate ========
 
-BATCHES = (8, 16, 32), (1e-3, 2e-3, 4e-3)
+BATCHES = (4, 8, 16), (1e-3, 2e-3, 4e-3)
 
 
 def batch(seed):
-    """Pretraining without labels with batches of 8, 16 and 32 s and three rates."""
+    """Pretraining with batches of 4, 8 and 16 s and three rates."""
     for seconds, rate in itertools.product(*BATCHES):
         out = RUNS / f"batch-{seconds}s-{rate}-{seed}"
-        run("pretrain.py", "--seed", seed, "--supervised-every", 0, "--out", out, "--lr", rate,
+        run("pretrain.py", "--seed", seed, "--out", out, "--lr", rate,
             "--batch-samples", seconds * 16_000)
         key = {"seed": seed, "seconds": seconds, "lr": rate}
         discover("batch", key | {"target_ppl": last(out, "target_ppl")}, out)
@@ -217,10 +220,11 @@ GRID = (0.3, 1, 3), (10, 20, 40), (1, 0.999, 0.99)
 
 
 def grid(seed):
-    """FOBLO from SSL by beta, inner steps and the teacher's decay."""
+    """Five meta-updates of FOBLO, by beta, inner steps and the teacher's decay."""
+    init = pretrained("sl", seed)
     for beta, inner, decay in itertools.product(*GRID):
-        model = then("ssl", seed, "foblo", "--beta", beta, "--inner-steps", inner,
-                     "--ema-start", decay, labels=f"-{beta}-{inner}-{decay}-")
+        model = then(init, seed, "foblo", "--updates", 5, "--beta", beta, "--inner-steps", inner,
+                     "--ema-start", decay, name=f"-{beta}-{inner}-{decay}")
         discover("grid", {"seed": seed, "beta": beta, "inner_steps": inner, "decay": decay}, model)
 
 
@@ -243,9 +247,10 @@ def maml(seed):
 
 def follow(seed):
     """Phi after ten meta-updates of FOBLO and of MAML, by inner steps M and beta."""
+    init = pretrained("sl", seed)
     for steps, (method, beta) in itertools.product(INNER[::2], BETAS):
-        model = then("ssl", seed, method, "--inner-steps", steps, "--beta", beta,
-                     labels=f"-M{steps}-{beta}-")
+        model = then(init, seed, method, "--inner-steps", steps, "--beta", beta,
+                     name=f"-M{steps}-{beta}")
         key = {"seed": seed, "method": method, "inner_steps": steps, "beta": beta}
         discover("follow", key, model)
 
@@ -284,7 +289,8 @@ def by_contrast(model, language):
 def far(seed):
     """Languages whose vowels differ by tone, or that have clicks and ejectives: before and after
     ten minutes of adaptation, by kind of contrast."""
-    models = {"SSL/SL": pretrained("sl", seed), "SSL/SL + FOBLO": then("sl", seed, "foblo")}
+    init = pretrained("sl", seed)
+    models = {"SSL/SL": init, "SSL/SL + FOBLO": then(init, seed, "foblo")}
     data.toy(TOY, ["far_target"])
     for language in data.FAR:
         for name, model in {"mfcc": "mfcc", **models}.items():
@@ -308,8 +314,8 @@ path, polyline {{ fill: none; stroke: #59636e }}
 """
 
 
-def picture(name, plots, width=930, height=260):
-    """evaluate.plot's curves side by side, in assets/NAME.svg."""
+def picture(name, plots, height, width=960):
+    """Plots side by side, in assets/NAME.svg."""
     placed = [plot.replace("<svg ", f'<svg x="{45 + 310 * i}" y="25" ', 1)
               for i, plot in enumerate(plots)]
     Path("assets", f"{name}.svg").write_text(
@@ -328,29 +334,36 @@ def by_seed(rows, measure):
     for row in rows:
         if measure in row:
             seeds[row["seed"]].append(row[measure])
-    return spread([fmean(found) for found in seeds.values()])
+    most = max(map(len, seeds.values()), default=0)  # a seed with fewer languages is not done
+    return spread([fmean(found) for found in seeds.values() if len(found) == most])
 
 
 def where(rows, **key):
     return [row for row in rows if row.items() >= key.items()]
 
 
-def markdown(title, header, lines):
-    print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for line in lines:
-        print(f"| {' | '.join(map(str, line))} |")
+def table_of(title, header, lines):
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join([f"\n### {title}\n"] + [f"| {' | '.join(map(str, row))} |" for row in rows])
 
 
+ABOUT = """# Results at toy scale
+
+Made by `python assets/experiments.py NAME --seed S` on the toy world with the preset tiny, and
+written by `python assets/experiments.py draw`. In percent: the mean over the unseen languages, and
+over seeds mean ± standard deviation; where no ± stands there is one seed."""
 MEASURES = "features across", "units across", "pnmi", "per", "f1", "r_value"
 
 
 def draw(_):
-    rows = results("table")
+    """assets/results/README.md and the pictures, of all results that are there."""
+    parts, rows = [ABOUT], results("table")
     names = list(dict.fromkeys(row["model"] for row in rows))
     for measure in MEASURES:
-        markdown(f"table: {measure}", ["", "0 min", "1 min", "3 min", "10 min"],
-                 [[name, *(by_seed(where(rows, model=name, minutes=m), measure)
-                           for m in (0, 1, 3, 10))] for name in names])
+        parts.append(table_of(
+            f"table: {measure}", ["model", "0 min", "1 min", "3 min", "10 min"],
+            [[name, *(by_seed(where(rows, model=name, minutes=m), measure) for m in (0, 1, 3, 10))]
+             for name in names]))
     for name, keys in (("labels", "seconds then"), ("batch", "seconds lr"),
                        ("follow", "method inner_steps beta"),
                        ("grid", "beta inner_steps decay")):
@@ -358,50 +371,67 @@ def draw(_):
         found = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
         more = {"labels": ["phone_accuracy"], "batch": ["target_ppl"]}.get(name, [])
         measures = [*MEASURES[:3], *more]
-        markdown(name, keys + measures, [
+        parts.append(table_of(name, keys + measures, [
             [*values, *(by_seed(where(rows, **dict(zip(keys, values))), m) for m in measures)]
-            for values in found])
+            for values in found]))
     rows = results("far")
     for language, kinds in KINDS.items():
-        markdown(f"far: {language}", ["", "minutes", *kinds], [
+        parts.append(table_of(f"far: {language}", ["model", "minutes", *kinds], [
             [name, minutes, *(by_seed(where(rows, language=language, model=name, minutes=minutes),
                                       kind) for kind in kinds)]
-            for name, minutes in dict.fromkeys((r["model"], r["minutes"]) for r in rows)])
-    draw_layers(results("layers"))
-    draw_maml(results("maml"))
+            for name, minutes in dict.fromkeys((r["model"], r["minutes"]) for r in rows)]))
+    (RESULTS / "README.md").write_text("\n".join(parts) + "\n")
+    rows = [row for row in results("table") if row["model"] in ("sl", "sl-foblo")]
+    curves("table", rows, "minutes", "model", {
+        "features across": "ABX of features, by minutes of adaptation",
+        "units across": "ABX of units", "pnmi": "PNMI"})
+    curves("layers", results("layers"), "step", "objective codebook", {
+        "target_ppl": "perplexity of the labels, by step", "active": "codewords in use",
+        "changed": "share of labels that change in 100 steps"})
+    curves("maml", results("maml"), "inner_steps", "way", {
+        "seconds": "seconds of an episode, by inner steps M", "peak_memory_gib": "peak memory, GiB",
+        "cosine": "cosine to FOBLO's meta-gradient"})
+    draw_grid(results("grid"))
 
 
-def draw_layers(rows):
+def curves(name, rows, x, names, titles):
+    """assets/NAME.svg: measures by x, means over languages and seeds, a line for each model."""
     plots = []
-    for measure, title in (("target_ppl", "perplexity of the codewords used"),
-                           ("active", "codewords in use"),
-                           ("changed", "share of labels that change in 100 steps")):
-        lines = defaultdict(list)
-        for (objective, codebook, step), some in grouped(rows, "objective codebook step").items():
-            if some[0][measure] is not None:
-                lines[f"{objective}, codebook {codebook}"].append(
-                    (step, fmean(row[measure] for row in some)))
-        plots.append(evaluate.plot(title, lines))
-    picture("layers", plots, height=310)
+    for measure, title in titles.items():
+        points = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            if row.get(measure) is not None:
+                line = " ".join(str(row[key]) for key in names.split())
+                points[line][row[x]].append(row[measure])
+        plots.append(evaluate.plot(title, {
+            line: [(x, fmean(values)) for x, values in sorted(points[line].items())]
+            for line in sorted(points)}))
+    picture(name, plots, 250 + 14 * len(points))
 
 
-def draw_maml(rows):
-    plots = []
-    for measure, title in (("seconds", "seconds of an episode, by inner steps M"),
-                           ("peak_memory_gib", "peak memory, GiB"),
-                           ("cosine", "cosine to FOBLO's meta-gradient")):
-        lines = defaultdict(list)
-        for (way, steps), some in grouped(rows, "way inner_steps").items():
-            lines[way].append((steps, fmean(row[measure] for row in some)))
-        plots.append(evaluate.plot(title, lines))
-    picture("maml", plots)
-
-
-def grouped(rows, keys):
-    found = defaultdict(list)
+def draw_grid(rows):
+    """assets/grid.svg: a square of ABX for each decay of the teacher, inner steps by beta."""
+    errors = defaultdict(list)
     for row in rows:
-        found[tuple(row[key] for key in keys.split())].append(row)
-    return dict(sorted(found.items()))
+        errors[row["decay"], row["beta"], row["inner_steps"]].append(row["features across"])
+    errors = {key: fmean(values) for key, values in errors.items()}
+    plots, low, high = [], min(errors.values(), default=0), max(errors.values(), default=1)
+    for decay in dict.fromkeys(key[0] for key in errors):
+        cells = [f'<text y="-6">decay of the teacher {decay}</text>']
+        for i, beta in enumerate(GRID[0]):
+            cells.append(f'<text x="-4" y="{50 * i + 30}" text-anchor="end">{beta}</text>')
+            for j, inner in enumerate(GRID[1]):
+                error = errors[decay, beta, inner]
+                dark = 0.6 * (error - low) / max(high - low, 1e-9)
+                cells.append(
+                    f'<rect x="{70 * j}" y="{50 * i}" width="68" height="48" fill="#cc6633" '
+                    f'fill-opacity="{dark:.2f}"/><text x="{70 * j + 34}" y="{50 * i + 29}" '
+                    f'text-anchor="middle">{error:.1f}</text>')
+        for j, inner in enumerate(GRID[1]):
+            cells.append(f'<text x="{70 * j + 34}" y="{50 * len(GRID[0]) + 14}" '
+                         f'text-anchor="middle">M = {inner}</text>')
+        plots.append(f'<svg width="280" height="180">{"".join(cells)}</svg>')
+    picture("grid", plots, 220)
 
 
 if __name__ == "__main__":
@@ -415,6 +445,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(exist_ok=True)
-    data.toy(TOY)
+    if args.experiment != "draw":
+        data.toy(TOY)
     more = (args.minutes, args.models) if args.experiment == "table" else ()
     {f.__name__: f for f in experiments}[args.experiment](args.seed, *more)
