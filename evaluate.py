@@ -1358,7 +1358,8 @@ def html_table(header, rows):
     cells = [["<th>" + html.escape(str(x)) for x in header]]
     cells += [["<td>" + html.escape(f"{x:.3g}" if isinstance(x, float) else str(x)) for x in row]
               for row in rows]
-    return "<table>" + "".join("<tr>" + "".join(row) for row in cells) + "</table>"
+    lines = "".join("<tr>" + "".join(row) for row in cells)
+    return f'<div class="wide"><table>{lines}</table></div>'
 
 
 # ======== the verb compare ========
