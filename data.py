@@ -21,7 +21,7 @@ import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import combinations, cycle, groupby, islice, product
+from itertools import chain, combinations, cycle, groupby, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -439,7 +439,7 @@ def phone_classes(alignments, inventory):
 # the glottis, noise of a narrow passage) through a filter (the resonances of the mouth). Speakers,
 # sloppy articulation, echo and noise make it hard. All is a function of the seed and of names.
 
-TOY_VERSION = 5
+TOY_VERSION = 6
 PLAIN = 1, (1, 1, 1)
 LANGUAGES = {  # phones; pace; what its accent does to the resonances F1, F2, F3
     "baso": ("i e E a o u p t k b d g m n s z l", *PLAIN),
@@ -528,11 +528,12 @@ def make_language(seed, name):
 
     # A noun ends in the vowel of its gender, a verb in a consonant; determiners have a gender too.
     genders, verb = kinds["V"][1:4:2], kinds["C"][-1]
+    noun_shapes = ["CVC", "CVVC", "VCVC", "CVCCVC"]
     return {
         "determiners": [words(2, ["CV"]) for _ in genders],
-        "nouns": [[words(5, ["CVC", "CVCVC"], vowel) for vowel in genders] for topic in range(4)],
-        "verbs": [words(5, ["CV", "CVCV"], verb) for topic in range(4)],
-        "rare": [words(2, ["CVC", "CVCVC"], vowel) for vowel in genders],  # nouns that nobody says
+        "nouns": [[words(5, noun_shapes, vowel) for vowel in genders] for topic in range(4)],
+        "verbs": [words(5, ["CV", "VCV", "CVCCV"], verb) for topic in range(4)],
+        "rare": [words(2, noun_shapes, vowel) for vowel in genders],  # nouns that nobody says
     }
 
 
@@ -560,13 +561,14 @@ def make_voice(seed, language, speaker):
 
 
 def pronounce(story, voice, rng):
-    """Sentences -> tokens [(phone, 10 ms frames)], with a pause around each sentence."""
+    """Sentences -> tokens [(phone, 10 ms frames)], with a pause after one word in five."""
     phones = ["SIL"]
-    for words in story:
-        phones += [phone for word in words for phone in word] + ["SIL"]
+    for word in chain.from_iterable(story):
+        phones += [*word, *["SIL"] * (rng.random() < 0.2)]
+    phones += ["SIL"] * (phones[-1] != "SIL")
     pace = voice["pace"] * np.exp(rng.normal(0, 0.15))  # that day's
     frames = np.array([PHONES[phone][0] for phone in phones]) / pace
-    frames = np.rint(frames * np.exp(rng.normal(0, 0.2, len(phones))))
+    frames = np.rint(frames * np.exp(rng.normal(0, 0.3, len(phones))))
     return list(zip(phones, np.maximum(frames, 3).astype(int).tolist()))
 
 

@@ -110,8 +110,8 @@ TINY = dict(batch_samples=256_000, max_samples=64_000, crop_multiple=16_000, mas
 PRESETS = {
     "base": {},
     "tiny": TINY | dict(
-        steps=1300, lr=2e-3, lr_floor=0.05, warmup_steps=70, hold_steps=830, decay_steps=400,
-        freeze_step=1300, supervised_every=2, supervised_layer=3, save_every=250, keep_every=0),
+        steps=1200, lr=1.2e-3, lr_floor=0.05, warmup_steps=70, hold_steps=730, decay_steps=400,
+        freeze_step=1200, supervised_every=2, supervised_layer=3, save_every=250, keep_every=0),
 }
 
 

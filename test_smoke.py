@@ -487,7 +487,7 @@ def test_a_run_and_what_it_writes(cli, toy, reference):
     shutil.copytree(reference, "run")
     again = [pretrain, *small(toy, "--out", "run")]
     assert "finished; nothing to do" in cli(*again)[1]
-    refused(cli(*again, "--lr", "0.1"), "lr was 0.002, now 0.1")
+    refused(cli(*again, "--lr", "0.1"), "lr was 0.0012, now 0.1")
     # Over again, from another run and on the toy world: that ends with a table.
     more = "--init", reference, "--lr", 1e-12, "--ema-start", 0.99, "--valid", toy / "train.csv"
     again = [pretrain, *RUN.split(), "--toy", toy, "--steps", 1, *more, "--out", "run"]
@@ -725,7 +725,7 @@ def test_tasks_and_budgets():
 def meta(toy, init, *more):
     return [*"--workers 2 --updates 2 --inner-steps 3 --outer-steps 2 --ramp-steps 2 --lr 1e-3 "
             "--supervised-layer 2 --log-every 1 --loaders 0 --device cpu --batch-samples 64000 "
-            "--max-samples 32000 --chunk-seconds 15 --chunk-min-seconds 3 --layer-drop 0.3"
+            "--max-samples 32000 --chunk-seconds 18 --chunk-min-seconds 3 --layer-drop 0.3"
             .split(), "--toy", toy, "--init", init, *more]
 
 
@@ -1307,7 +1307,7 @@ def test_the_readme_names_what_is_there():
 def small_presets(toy, tmp_path, monkeypatch):
     """The presets made small, and the toy world at its usual place."""
     stage = dict(batch_samples=64_000, max_samples=32_000, loaders=0, restart=True)
-    episodes = dict(workers=1, updates=1, inner_steps=1, outer_steps=1, chunk_seconds=15,
+    episodes = dict(workers=1, updates=1, inner_steps=1, outer_steps=1, chunk_seconds=18,
                     chunk_min_seconds=3)
     for presets, small in (
         (spidr.PRESETS, dict(norm="group_norm", dim=32, layers=4, heads=2, ffn=64, codebooks=2,
