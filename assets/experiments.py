@@ -322,20 +322,15 @@ def picture(name, plots, height, width=960):
         HEAD.format(width, height) + "\n".join([*placed, "</svg>", ""]))
 
 
-def spread(values):
-    """Mean and standard deviation over seeds."""
-    return f"{np.mean(values):.2f} ± {np.std(values):.2f}" if len(values) > 1 else (
-        f"{values[0]:.2f}" if values else "")
-
-
 def by_seed(rows, measure):
-    """Of each seed the mean over languages."""
+    """Of each seed the mean over languages; of these mean ± standard deviation (seeds)."""
     seeds = defaultdict(list)
     for row in rows:
         if measure in row:
             seeds[row["seed"]].append(row[measure])
     most = max(map(len, seeds.values()), default=0)  # a seed with fewer languages is not done
-    return spread([fmean(found) for found in seeds.values() if len(found) == most])
+    means = [fmean(found) for found in seeds.values() if len(found) == most]
+    return f"{np.mean(means):.2f} ± {np.std(means):.2f} ({len(means)})" if means else ""
 
 
 def where(rows, **key):
@@ -343,15 +338,16 @@ def where(rows, **key):
 
 
 def table_of(title, header, lines):
+    """Markdown, of lines of cells; nothing if there are none."""
     rows = [header, ["---"] * len(header), *lines]
-    return "\n".join([f"\n### {title}\n"] + [f"| {' | '.join(map(str, row))} |" for row in rows])
+    return "" if not lines else "\n".join([f"\n### {title}\n"] + [f"| {' | '.join(map(str, row))} |" for row in rows])
 
 
 ABOUT = """# Results at toy scale
 
 Made by `python assets/experiments.py NAME --seed S` on the toy world with the preset tiny, and
-written by `python assets/experiments.py draw`. In percent: the mean over the unseen languages, and
-over seeds mean ± standard deviation; where no ± stands there is one seed."""
+written by `python assets/experiments.py draw`. In percent: of each seed the mean over the unseen
+languages, and of these mean ± standard deviation (number of seeds)."""
 MEASURES = "features across", "units across", "pnmi", "per", "f1", "r_value"
 
 
@@ -380,7 +376,7 @@ def draw(_):
             [name, minutes, *(by_seed(where(rows, language=language, model=name, minutes=minutes),
                                       kind) for kind in kinds)]
             for name, minutes in dict.fromkeys((r["model"], r["minutes"]) for r in rows)]))
-    (RESULTS / "README.md").write_text("\n".join(parts) + "\n")
+    (RESULTS / "README.md").write_text("\n".join(filter(None, parts)) + "\n")
     rows = [row for row in results("table") if row["model"] in ("sl", "sl-foblo")]
     curves("table", rows, "minutes", "model", {
         "features across": "ABX of features, by minutes of adaptation",
@@ -396,6 +392,8 @@ def draw(_):
 
 def curves(name, rows, x, names, titles):
     """assets/NAME.svg: measures by x, means over languages and seeds, a line for each model."""
+    if not rows:
+        return
     plots = []
     for measure, title in titles.items():
         points = defaultdict(lambda: defaultdict(list))
@@ -411,11 +409,13 @@ def curves(name, rows, x, names, titles):
 
 def draw_grid(rows):
     """assets/grid.svg: a square of ABX for each decay of the teacher, inner steps by beta."""
+    if not rows:
+        return
     errors = defaultdict(list)
     for row in rows:
         errors[row["decay"], row["beta"], row["inner_steps"]].append(row["features across"])
     errors = {key: fmean(values) for key, values in errors.items()}
-    plots, low, high = [], min(errors.values(), default=0), max(errors.values(), default=1)
+    plots, low, high = [], min(errors.values()), max(errors.values())
     for decay in dict.fromkeys(key[0] for key in errors):
         cells = [f'<text y="-6">decay of the teacher {decay}</text>']
         for i, beta in enumerate(GRID[0]):
