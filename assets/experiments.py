@@ -362,11 +362,13 @@ def draw(_):
              for name in names]))
     for name, keys in (("labels", "seconds then"), ("batch", "seconds lr"),
                        ("follow", "method inner_steps beta"),
-                       ("grid", "beta inner_steps decay")):
+                       ("grid", "beta inner_steps decay"), ("maml", "inner_steps way")):
         rows, keys = results(name), keys.split()
         found = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
         more = {"labels": ["phone_accuracy"], "batch": ["target_ppl"]}.get(name, [])
         measures = [*MEASURES[:3], *more]
+        if name == "maml":
+            measures = ["seconds", "peak_memory_gib", "cosine"]
         parts.append(table_of(name, keys + measures, [
             [*values, *(by_seed(where(rows, **dict(zip(keys, values))), m) for m in measures)]
             for values in found]))
