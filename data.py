@@ -758,9 +758,10 @@ def write_discophon(folder, world):
 
 
 def toy(folder, parts=(*CORPORA, "discophon"), seed=0, scale=1.0):
-    """Makes the parts of the toy world that are not there yet; all are 150 minutes of audio.
+    """Makes the parts of the toy world that are not there yet; all are 200 minutes of audio.
 
     train.csv  eval/LANG.csv  target/LANG.csv  lm/train.csv    manifests, with _alignments and .item
+    far_eval/LANG.csv  far_target/LANG.csv                     the same of the far languages
     lm/lexical/dev/gold.csv  lm/syntactic/dev/gold.csv  lm/tsc     tests in ZeroSpeech's layout
     discophon/    the unseen languages once more, in DiscoPhon's layout
 

@@ -789,6 +789,7 @@ def test_maml_trains_and_is_measured(cli, toy, reference):
     records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert code == 0 and [r["way"] for r in records][::3] == ["foblo", "maml"]
     assert records[0]["loss"] == pytest.approx(records[-1]["loss"], rel=1e-3)
+    refused(cli(meta_train, *args, "--measure", "--method", "reptile"), "Reptile has no labels")
 
 
 @linux

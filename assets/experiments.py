@@ -1,7 +1,7 @@
 """The experiments behind README's "Results", and their pictures.
 
-    python assets/experiments.py table --seed 0      # and labels, layers, batch, grid, far, maml
-    python assets/experiments.py draw                # assets/results/README.md, assets/*.svg
+    python assets/experiments.py table --seed 0  # or labels, layers, batch, grid, far, maml, follow
+    python assets/experiments.py draw            # assets/results/README.md, assets/*.svg
 
 in the repository's folder. Each result is a line of assets/results/NAME.jsonl, the runs are in
 runs/experiments. Where it was killed, the same command goes on. Two of them run side by side with
@@ -35,10 +35,13 @@ LAYER = 3
 
 def run(script, *words):
     """python script words -> what it prints. What it says on standard error goes to log.txt."""
-    words = [sys.executable, script, *map(str, words)]
-    print("$", *words[1:], flush=True)
+    words = [script, *map(str, words)]
+    print("$ python", *words, flush=True)
     with open(RUNS / "log.txt", "a") as log:
-        return subprocess.run(words, check=True, stdout=subprocess.PIPE, stderr=log).stdout.decode()
+        done = subprocess.run(
+            [sys.executable, *words], stdout=subprocess.PIPE, stderr=log, text=True)
+    spidr.require(done.returncode == 0, f"{script} failed: {log.name} says why")
+    return done.stdout
 
 
 def results(name):
@@ -86,13 +89,13 @@ def last(model, name):
     return [row[name] for row in log if name in row][-1]
 
 
-def discover(name, key, model, languages=data.TARGETS, world="discophon"):
+def discover(name, key, model, languages=data.TARGETS):
     """All measures of a model, language by language."""
     if all(known(name, **key, language=language) for language in languages):
         return
     out = model / "discophon"
-    run("evaluate.py", "discophon", "--model", model, "--data", TOY / world, "--out", out,
-        "--languages", ",".join(languages), "--layer", LAYER)
+    run("evaluate.py", "discophon", "--model", model, "--data", TOY / "discophon",
+        "--out", out, "--languages", ",".join(languages), "--layer", LAYER)
     found = json.loads((out / "discophon-test.json").read_text())["results"]
     for language in languages:
         if not known(name, **key, language=language):
@@ -101,8 +104,8 @@ def discover(name, key, model, languages=data.TARGETS, world="discophon"):
 
 # ======== the papers' table ========
 
-MODELS = [start + then for start in ("sl", "ssl")
-          for then in ("", "-foblo", "-reptile", "-control", "-single")]
+MODELS = [start + method for start in ("sl", "ssl")
+          for method in ("", "-foblo", "-reptile", "-control", "-single")]
 
 
 def table(seed, minutes, models):
@@ -330,7 +333,10 @@ def by_seed(rows, measure):
             seeds[row["seed"]].append(row[measure])
     most = max(map(len, seeds.values()), default=0)  # a seed with fewer languages is not done
     means = [fmean(found) for found in seeds.values() if len(found) == most]
-    return f"{np.mean(means):.2f} ± {np.std(means):.2f} ({len(means)})" if means else ""
+    if not means:
+        return ""
+    spread = f" ± {np.std(means):.2f}" if len(means) > 1 else ""
+    return f"{np.mean(means):.2f}{spread} ({len(means)})"
 
 
 def where(rows, **key):
@@ -339,8 +345,9 @@ def where(rows, **key):
 
 def table_of(title, header, lines):
     """Markdown, of lines of cells; nothing if there are none."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "" if not lines else "\n".join([f"\n### {title}\n"] + [f"| {' | '.join(map(str, row))} |" for row in rows])
+    rows = [header, ["---"] * len(header), *lines] if lines else []
+    return "\n".join([f"\n### {title}\n"] * bool(rows) +
+                     [f"| {' | '.join(map(str, row))} |" for row in rows])
 
 
 ABOUT = """# Results at toy scale
@@ -436,7 +443,7 @@ def draw_grid(rows):
     picture("grid", plots, 220)
 
 
-if __name__ == "__main__":
+def main():
     experiments = table, labels, layers, batch, grid, far, maml, follow, draw
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -451,3 +458,7 @@ if __name__ == "__main__":
         data.toy(TOY)
     more = (args.minutes, args.models) if args.experiment == "table" else ()
     {f.__name__: f for f in experiments}[args.experiment](args.seed, *more)
+
+
+if __name__ == "__main__":
+    spidr.run(main)
