@@ -16,8 +16,8 @@ meta-update, and in it for each worker, an episode on one task, some hours of on
                     audio of the language
     phi <- phi + beta * mean over workers of (theta_{M+N} - theta_M)        (8)  FOBLO
     phi <- phi + beta * mean over workers of (theta_{M+N} - phi)            (9)  Reptile
-    phi <- phi - beta * mean over workers of the gradient to phi of the
-                        supervised loss at theta_M                          (10) MAML
+    phi <- phi - beta * alpha * mean over workers of the gradient to phi
+                        of the supervised loss at theta_M                   (10) MAML
 
 In Reptile, the baseline, all M + N steps are self-supervised. MAML is what FOBLO spares itself:
 --measure compares the two. --out holds what pretraining writes;
@@ -71,7 +71,7 @@ class Options(EpisodeOptions):
     manifest: str = option("", "CSV, TSV or folder of audio; without one the toy world")
     alignments: str = option("", "phone alignments, which FOBLO's outer loop learns from")
     method: str = option("foblo", "foblo, reptile or maml")
-    maml_lr: float = option(0.05, "of MAML's inner steps, which are SGD")
+    maml_lr: float = option(0.05, "alpha: rate of MAML's inner steps, which are SGD")
     measure: bool = option(False, "only measure an episode of FOBLO and MAML: JSON lines")
     workers: int = option(8, "episodes of a meta-update")
     updates: int = option(100, "meta-updates")
@@ -296,7 +296,7 @@ def meta_gradient(model, o, inner, outer, exact=True, checkpointed=False):
 
 
 def maml(model, o, first, unlabelled, labelled):
-    """An episode. It leaves phi - the gradient in the model, as if that were theta_{M+N}."""
+    """An episode. It leaves phi - alpha * gradient in the model, as if that were theta_{M+N}."""
     inner = first + [next(unlabelled)[0] for _ in range(o.inner_steps - 1)]
     outer = [next(labelled)[0] for _ in range(o.outer_steps)]
     with sdpa_kernel(SDPBackend.MATH):  # no other attention kernel has a second derivative
@@ -305,7 +305,7 @@ def maml(model, o, first, unlabelled, labelled):
     parameters = dict(Loss(model).named_parameters())
     with torch.no_grad():
         for name, gradient in gradients.items():
-            parameters[name].sub_(torch.where(skipped, 0, gradient))  # (10)
+            parameters[name].sub_(torch.where(skipped, 0, o.maml_lr * gradient))  # (10)
     return {"phone_loss": loss, "skipped": skipped.float()}
 
 
