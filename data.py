@@ -38,7 +38,7 @@ IGNORED = -100  # the class of a frame that counts in no loss, as its phone is n
 # ======== masks ========
 
 
-def make_mask(batch, frames, rng, prob=0.8, span=10):
+def make_mask(batch, frames, rng, prob, span):
     """[B, T] bool, for (1): overlapping spans, about half of all frames, as many in each row."""
     span = min(span, max(1, frames // 2))  # a crop shorter than a span still shows something
     mask = np.zeros((batch, frames), dtype=bool)
@@ -145,7 +145,7 @@ AUDIO = ".wav .flac .ogg .opus .mp3 .aif .aiff .au .w64 .caf".split()
 UNREADABLE = soundfile.LibsndfileError, OSError, TypeError
 ALIGNMENT_SLACK = 5  # phones (50 ms) by which an alignment may miss the length of its recording
 # num_samples is at 16 kHz, whatever the rate of the file; where is what messages call the row.
-Row = namedtuple("Row", "fileid path num_samples language speaker where", defaults=["", "", ""])
+Row = namedtuple("Row", "fileid path num_samples language where", defaults=["", ""])
 
 
 def main():
@@ -194,7 +194,7 @@ def read_manifest(path, only=None):
         length = line.get("num_samples") or line.get("num_frames", "")
         require(length.isdecimal(), f"{where}: num_samples (or num_frames) is {length!r}")
         rows.append(Row(line.get("fileid", ""), audio, int(length), line.get("language", ""),
-                        line.get("speaker", ""), f"{where}: {audio}"))
+                        f"{where}: {audio}"))
         names.append(line["path"])
     require(rows, f"{path}: an empty manifest")
     if not all(row.fileid for row in rows):
@@ -275,7 +275,7 @@ def inspect_all(rows, minimum):
         return list(pool.map(lambda row: (row, *inspect(row.path, minimum)), rows))
 
 
-def inspect(path, minimum=0):
+def inspect(path, minimum):
     """A file's length in samples at 16 kHz, and what is wrong with the file, or ""."""
     samples = 0
     try:

@@ -1119,23 +1119,23 @@ def run_toy(args):
     toy_table(Path(toy), toy_encoders({run: run for run in args.runs}), args.layer)
 
 
-def newest_runs(folder):
+def newest_runs():
     """{stage: folder} of each stage's newest run on the toy world that has weights."""
     found = dict.fromkeys(("pretrain", "meta", "adapt"))
-    for path in sorted(Path(folder).glob("*/last.pt"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(Path("runs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime):
         o = options_of(path.parent)
         if o.get("toy") and not o.get("manifest") and not o.get("audio"):
             stage = "adapt" if "budget" in o else "meta" if "method" in o else "pretrain"
             found[stage] = path.parent
     runs = {f"{stage}: {run}": run for stage, run in found.items() if run}
-    require(runs, f"{folder}: no run on the toy world; 'python pretrain.py' makes one")
+    require(runs, "runs: no run on the toy world; 'python pretrain.py' makes one")
     return runs
 
 
-def report(out="runs"):
+def report():
     """Without a verb: the newest run of each stage on the toy world, as a page. The first time it
     trains a language model too, on the units of the first of them."""
-    runs, language = newest_runs(out), data.LM_LANGUAGE
+    runs, language = newest_runs(), data.LM_LANGUAGE
     name, run = next(iter(runs.items()))
     toy = data.toy(options_of(run)["toy"], ["eval", "lm"])
     torch.manual_seed(options_of(run)["seed"])
@@ -1151,7 +1151,7 @@ def report(out="runs"):
             found[key] = quality(units_of(rows, encoder), phones, encoder.codewords)
             print(key, *(f"{measure} {x:.3g}" for measure, x in found[key].items()))
 
-    units, lm = (f"{out}/{kind}_{encoders[name].hash}" for kind in ("units", "lm"))
+    units, lm = (f"runs/{kind}_{encoders[name].hash}" for kind in ("units", "lm"))
     if not Path(units).exists():
         audio = str(toy / "lm" / "train.csv")
         write_outputs(parse(["units", "--model", str(run), "--audio", audio, "--out", units]))
@@ -1162,9 +1162,9 @@ def report(out="runs"):
         pairs[task] = run_pairs(parse([task, "--lm", lm, *where]))
     results = dict(abx={name: table.tolist() for name, table in tables.items()},
                    quality=found, pairs=pairs)
-    write_json(f"{out}/report.json", results)
-    write_page(f"{out}/report.html", report_parts(runs, encoders, toy, results))
-    print(f"\n{out}/report.json, {out}/report.html: open it in a browser")
+    write_json("runs/report.json", results)
+    write_page("runs/report.html", report_parts(runs, encoders, toy, results))
+    print("\nruns/report.json, runs/report.html: open it in a browser")
 
 
 def report_parts(runs, encoders, toy, results):

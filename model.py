@@ -108,7 +108,7 @@ PRESETS = {
 
 
 def num_frames(samples, config):
-    """How many frames the downsampler makes of so many samples, an int or a tensor of them."""
+    """How many frames the downsampler makes of so many samples."""
     for _, kernel, stride in config.conv_layers:
         samples = (samples - kernel) // stride + 1
     return samples
@@ -166,14 +166,15 @@ class Downsampler(nn.Module):
             self.conv_layers.append(layer)
             channels_in = channels
 
-    def forward(self, wav, lengths=None):  # [B, N] -> [B, T, C]
+    def forward(self, wav, lengths=None):  # [B, N] -> [B, T, C], and which of T are no padding
         x = wav[:, None]  # [B, 1, N]
         for layer in self.conv_layers:
             kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
             if lengths is not None:
                 lengths = (lengths - kernel) // stride + 1
-            x = layer(x, valid_frames(lengths, (x.shape[-1] - kernel) // stride + 1))
-        return x.mT
+            valid = valid_frames(lengths, (x.shape[-1] - kernel) // stride + 1)
+            x = layer(x, valid)
+        return x.mT, valid
 
 
 class Projection(nn.Module):
@@ -331,10 +332,8 @@ class SpidR(nn.Module):
     def frames(self, wav, lengths=None):
         """[B, N] -> projected frames [B, T, D], and which of them are no padding."""
         lengths = None if lengths is None else lengths.to(wav.device)
-        features = self.feature_extractor(wav, lengths)  # [B, T, C]
-        x = self.feature_projection(features)  # (1) [B, T, D]
-        lengths = None if lengths is None else num_frames(lengths, self.config)
-        return x, valid_frames(lengths, x.shape[1])
+        features, valid = self.feature_extractor(wav, lengths)  # [B, T, C]
+        return self.feature_projection(features), valid  # (1) [B, T, D]
 
     def encode(self, wav, lengths=None):
         """Standardised wav [B, N], padded where lengths [B] say so -> L outputs [B, T, D]."""
@@ -567,8 +566,7 @@ def outcome(main):
     """The exit status of a script."""
     try:
         main()
-        if dist.is_initialized():
-            dist.barrier()  # a rank that leaves while another still works takes it down
+        barrier()  # a rank that leaves while another still works takes it down
         return 0
     except BaseException as error:
         end_children()
@@ -605,6 +603,11 @@ def die_with_parent(signal_number):
     """Asks Linux for a signal when the parent process ends, however it ends."""
     with contextlib.suppress(OSError, AttributeError):  # other systems know no such thing
         ctypes.CDLL(None).prctl(1, int(signal_number))  # 1: PR_SET_PDEATHSIG
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def all_sum(tensors, group=None):
@@ -699,7 +702,6 @@ RELEASED_NAMES = {
 def save(path, state, **more):
     """A checkpoint in the released format, under a temporary name first: a full disk leaves the
     old one whole."""
-    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -742,7 +744,6 @@ def read_checkpoint(path):
 
 def read_config(path):
     """The section "model" of a config.json, ours or a released one; base if there is no file."""
-    path = Path(path)
     if not path.exists():
         return Config()
     try:

@@ -42,7 +42,7 @@ import torch.distributed as dist
 
 import data
 import model as spidr
-from model import Config, InputError, SpidR, all_sum, option, require
+from model import Config, InputError, SpidR, all_sum, barrier, option, require
 
 # ======== options ========
 
@@ -353,11 +353,6 @@ def setup(o):
         spidr.die_with_parent(signal.SIGTERM)  # torchrun may be killed
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Place(rank, world, device)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def autocast(o, place):
