@@ -1192,7 +1192,7 @@ def report_parts(runs, encoders, toy, results):
     parts.append(utterance(shortest, models, phones[shortest.fileid]))
     *_, (name, encoder) = models.items()
     parts += [f"<h2>What units the phones of {language} become</h2><p>{html.escape(name)}, layer "
-              f"{encoder.layer(units=True)}; dark: always.</p>",
+              f"{encoder.layer(units=True)}; a full square: always.</p>",
               heat_map(units_of(rows, encoder), phones)]
     measures = [*next(iter(results["quality"].values()))]
     parts += [f"<h2>Quality of units, {data.LM_LANGUAGE}</h2>",

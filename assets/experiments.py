@@ -408,12 +408,13 @@ def draw(_):
                                       kind) for kind in kinds)]
             for name, minutes in dict.fromkeys((r["model"], r["minutes"]) for r in rows)]))
     (RESULTS / "README.md").write_text("\n".join(filter(None, parts)) + "\n")
-    rows = [row for row in results("table") if row["model"] in ("sl", "sl-foblo")]
+    rows = [row for row in results("table") if row["model"].startswith("sl")]
     curves("table", rows, "minutes", "model", {
         "features across": "ABX of features, by minutes of adaptation",
         "units across": "ABX of units", "pnmi": "PNMI"})
     curves("layers", results("layers"), "step", "objective codebook", {
-        "target_ppl": "perplexity of the labels, by step", "active": "codewords in use",
+        "target_ppl": "perplexity of the labels, by step",
+        "active": "codewords in use (0: the lowest codebook)",
         "changed": "share of labels that change in 100 steps"})
     curves("maml", results("maml"), "inner_steps", "way", {
         "seconds": "seconds of an episode, by inner steps M", "peak_memory_gib": "peak memory, GiB",
@@ -440,8 +441,8 @@ def curves(name, rows, x, names, titles):
 
 
 def draw_grid(rows, before):
-    """assets/grid.svg: a square of ABX for each decay of the teacher, beta by inner steps; what came
-    to nothing is marked."""
+    """assets/grid.svg: a square of ABX for each decay of the teacher, beta by inner steps. What
+    came to nothing is marked."""
     if not rows:
         return
     cells = defaultdict(list)
