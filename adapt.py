@@ -98,7 +98,7 @@ class LowRank(nn.Module):
         self.B = nn.Parameter(weight.new_zeros(rows, rank))
 
     def forward(self, weight):
-        with torch.autocast(weight.device.type, enabled=False):  # as it will be merged
+        with torch.autocast(weight.device.type, enabled=False):  # fp32, as it will be merged
             return weight + self.B @ self.A  # (12)
 
 

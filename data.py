@@ -40,7 +40,7 @@ IGNORED = -100  # the class of a frame that counts in no loss, as its phone is n
 
 def make_mask(batch, frames, rng, prob, span):
     """[B, T] bool, for (1): overlapping spans, about half of all frames, as many in each row."""
-    span = min(span, max(1, frames // 2))  # a crop shorter than a span still shows something
+    span = min(span, max(1, frames // 2))  # so that a short crop is rarely hidden as a whole
     mask = np.zeros((batch, frames), dtype=bool)
     for row in mask:
         spans = max(2, int(prob * frames / span + rng.random()))
@@ -54,11 +54,13 @@ def make_mask(batch, frames, rng, prob, span):
 
 
 # ======== batches ========
-# Every use of randomness has a generator of its own, whose key is a list of numbers: the seed, the
-# stream, the epoch, and what is drawn. The stream says what for: 0 unlabelled batches, 1 labelled
-# ones, 2 validation; in meta-training 4 the chunks, 5 their order, 6 and 7 the batches of an
-# episode; in adaptation 9 the budget, 10 what is held out. After the epoch comes nothing for the
-# order of the batches, (batch, 2) for a mask, and (recording, 1) for a crop.
+# Every use of randomness has a generator of its own, whose key is a list of numbers:
+#   the order of an epoch's batches    seed, stream, epoch
+#   the masks of a batch               seed, stream, epoch, batch, 2
+#   the crop of a recording            seed, stream, epoch, recording, 1
+# Stream 0 is for unlabelled batches, 1 for labelled ones, 2 for validation; in meta-training 4 for
+# the chunks, 5 for their order, 6 and 7 for the batches of an episode; in adaptation 9 for the
+# budget, 10 for what is held out.
 
 
 def make_buckets(lengths, index, budget, ratio=1.2):
@@ -75,23 +77,25 @@ def make_buckets(lengths, index, budget, ratio=1.2):
 class Batches:
     """Batch i, for any i: audio, a mask and, given classes {fileid: phones}, a phone a frame.
 
-    `group` of them, labelled ones of one language, make a step: one for each rank and micro-batch.
+    A step takes `per_step` of them, one for each rank and micro-batch. If they are labelled, these
+    are of one language.
     """
 
-    def __init__(self, rows, config, options, group=1, classes=None, stream=(0,)):
+    def __init__(self, rows, config, options, per_step=1, classes=None, stream=(0,)):
         self.rows, self.config, self.options, self.classes = rows, config, options, classes
-        self.group, self.seed, self.labelled = group, (options.seed, *stream), classes is not None
+        self.per_step, self.seed = per_step, (options.seed, *stream)
+        self.labelled = classes is not None
         self.lengths = np.minimum([row.num_samples for row in rows], options.max_samples)
         names = np.array([row.language if self.labelled else "" for row in rows])
         members = [np.flatnonzero(names == name) for name in np.unique(names)]
         self.buckets = [make_buckets(self.lengths, m, options.batch_samples) for m in members]
         self.per_epoch = len(self.epoch(0))
-        require(self.per_epoch, f"{len(rows)} recordings: their batches are too few for {group} "
+        require(self.per_epoch, f"{len(rows)} recordings: their batches are too few for {per_step} "
                 "ranks x micro-batches; take fewer of these, or smaller batches")
 
     @lru_cache(maxsize=4)
     def epoch(self, number):
-        """The batches of an epoch, each an array of recordings, `group` for each step."""
+        """The batches of an epoch, each an array of recordings, in the order of the steps."""
         rng, steps = np.random.default_rng([*self.seed, number]), []
         for buckets in self.buckets:  # of a language, or of everything
             batches = []
@@ -103,8 +107,8 @@ class Batches:
             # from the beginning: a small language is heard twice rather than never.
             whole = math.ceil if self.labelled else math.floor
             endless = cycle(batches)
-            for _ in range(whole(len(batches) / self.group)):
-                steps.append(list(islice(endless, self.group)))
+            for _ in range(whole(len(batches) / self.per_step)):
+                steps.append(list(islice(endless, self.per_step)))
         return [batch for i in rng.permutation(len(steps)) for batch in steps[i]]
 
     def __getitem__(self, i):
@@ -134,7 +138,8 @@ class Batches:
 
 
 def phones_of_crop(classes, start, frames):
-    """Classes at 50 Hz for a crop from sample `start` on: every second one, from the nearest."""
+    """A class for each frame of a crop. Frame i begins at sample start + 320 i; it has the phone
+    whose beginning is nearest to that."""
     at = (start + PHONE // 2) // PHONE + 2 * np.arange(frames)
     return np.where(at < len(classes), classes[np.minimum(at, len(classes) - 1)], IGNORED)
 
@@ -150,13 +155,13 @@ Row = namedtuple("Row", "fileid path num_samples language where", defaults=["", 
 
 def main():
     match sys.argv[1:]:
+        case words if not words or {"-h", "--help"} & {*words}:
+            print(__doc__)
         case ["toy", folder]:
             print(f"the toy world is in {toy(folder)}")
         case ["manifest", folder, out]:
             require(not Path(out).exists(), f"{out} is there already: remove it, or name another")
             write_manifest(scan(Path(folder)), Path(out))
-        case [] | ["-h" | "--help"]:
-            print(__doc__)
         case _:
             raise InputError("data.py manifest FOLDER OUT.csv, or data.py toy FOLDER")
 

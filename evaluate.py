@@ -20,8 +20,8 @@ are chance, good models make 3 to 6%. `quality` tells how well units stand for p
 causal Transformer on units; with it `swuggy` asks which of two recordings is a word, `sblimp` which
 one is grammatical, `tsc` which one ends a story as it began.
 
-M is a run's folder, a checkpoint of ours or a released one, or a baseline: mfcc, wav2vec2_base,
-hubert_base, wavlm_base. A is a folder of audio, a manifest, or one file. Layers count from 1.
+M is a run's folder, a checkpoint of ours or a released one, a released model's name, or a baseline:
+mfcc, wav2vec2_base, hubert_base, wavlm_base. A is a folder of audio, a manifest, or one file. Layers count from 1.
 Features and units carry a hash of their model, so that they are never taken for another one's.
 """
 
@@ -122,7 +122,8 @@ DISTANCES = {"angular": angular, "euclidean": euclidean, "identity": identity}  
 
 
 def dtw(table, tx, ty):
-    """Dynamic time warping of P pairs of tokens: the mean distance of frames along the best path.
+    """Dynamic time warping of P pairs of tokens: the mean distance of frames along the best path,
+    which is the one with the least sum.
 
     At first table[i, j, p], with i and j from 1, is the distance of frame i of x from frame j of y
     in pair p; row 0 and column 0 are a border, with any content. The table is overwritten by the
@@ -135,7 +136,8 @@ def dtw(table, tx, ty):
     table[0, 0] = 0
     cost = table.reshape(-1, pairs)  # Cell (i, j) is row i * width + j.
     length = np.zeros((2, *cost.shape), np.int16)  # the number of cells on that path
-    for k in range(2, height + width - 1):  # The cells with i + j = k depend on smaller k only.
+    # The cells with i + j = k depend on smaller k only. In `cost` they are width - 1 apart.
+    for k in range(2, height + width - 1):
         first, last = max(1, k - width + 1), min(k - 1, height - 1)  # their i
         start, stop = first * width + k - first, last * width + k - last + 1
         here, diagonal, left, up = (slice(start - back, stop - back, width - 1)
@@ -150,33 +152,34 @@ def dtw(table, tx, ty):
         length[:, here] = steps + 1
         cost[here] += np.minimum(straight, cost[diagonal])
     end, pair = tx * width + ty, np.arange(pairs)
-    return cost[end, pair] / length[:, end, pair]
+    return cost[end, pair] / length[:, end, pair]  # (13)
 
 
 # ======== ABX: triples and cells ========
 
 
-def abx_runs(items, context, max_size_group, random):
-    """{(context, speaker): run}, where a run, {phone: its tokens' numbers}, has A and B."""
-    runs = defaultdict(lambda: defaultdict(list))
+def abx_pools(items, context, max_size_group, random):
+    """{(context, speaker): pool}. A pool, {phone: its tokens' numbers}, has the tokens of a speaker
+    in a context, from which A and B are taken."""
+    pools = defaultdict(lambda: defaultdict(list))
     order = range(len(items)) if max_size_group is None else random.permutation(len(items))
     for n in order:  # as in fastabx, what is left out has no role in any cell
         item = items[n]
-        group = runs[item.context if context == "within" else "", item.speaker][item.phone]
+        group = pools[item.context if context == "within" else "", item.speaker][item.phone]
         if max_size_group is None or len(group) < max_size_group:
             group.append(n)
-    return {key: dict(sorted(run.items())) for key, run in sorted(runs.items())}
+    return {key: dict(sorted(pool.items())) for key, pool in sorted(pools.items())}
 
 
-def abx_xs(runs, speaker, max_x_across, random):
-    """{(context, speaker): [(phone, speaker of X)]}: with whose tokens a run is compared."""
+def abx_xs(pools, speaker, max_x_across, random):
+    """{(context, speaker): [(phone A, speaker of X)]}: whose tokens of A are X for this pool."""
     speakers, xs = defaultdict(list), defaultdict(list)
-    for (context, who), run in runs.items():
-        for phone in run:
+    for (context, who), pool in pools.items():
+        for phone in pool:
             speakers[context, phone].append(who)
-    for (context, who), run in runs.items():
-        alone = speaker == "within" and max(map(len, run.values())) == 1  # no A beside X
-        for phone in run if len(run) > 1 and not alone else ():
+    for (context, who), pool in pools.items():
+        alone = speaker == "within" and max(map(len, pool.values())) == 1  # no A beside X
+        for phone in pool if len(pool) > 1 and not alone else ():
             others = [who]
             if speaker == "across":
                 others = [other for other in speakers[context, phone] if other != who]
@@ -194,26 +197,29 @@ def errors(to_a, to_b):
     return (to_a > to_b).sum(0) + (to_a == to_b).sum(0) / 2  # (13)
 
 
-def abx_cells(runs, xs, tokens, distance):
+def abx_cells(pools, xs, tokens, distance):
     """-> {(A, B, speaker of A and B): shares of wrong triples in each cell}, number of triples
 
     A cell is all triples of one A, one B, one speaker, one context and one speaker of X.
     """
-    units = []
+    jobs = []
     for (context, who), groups in xs.items():
-        y = [tokens[n] for group in runs[context, who].values() for n in group]
-        x = [tokens[n] for phone, other in groups for n in runs[context, other][phone]]
-        units.append((y if groups[0][1] == who else x, y))
+        y = [tokens[n] for group in pools[context, who].values() for n in group]
+        x = [tokens[n] for phone, other in groups for n in pools[context, other][phone]]
+        within = groups[0][1] == who  # X are the tokens of A and B, and y is all of them
+        jobs.append((y if within else x, y))
     cells, triples = defaultdict(list), 0
-    for ((context, who), groups), d in zip(xs.items(), distances(units, distance)):
-        run, rows = runs[context, who], iter(d)
-        ends = np.cumsum([len(group) for group in run.values()])
-        at = {phone: slice(end - len(run[phone]), end) for phone, end in zip(run, ends)}
+    for ((context, who), groups), d in zip(xs.items(), distances(jobs, distance)):
+        pool, rows = pools[context, who], iter(d)  # the X of the first group, then of the next
+        ends = np.cumsum([len(group) for group in pool.values()])
+        at = {phone: slice(end - len(pool[phone]), end) for phone, end in zip(pool, ends)}
         for phone, other in groups:
-            x = list(itertools.islice(rows, len(runs[context, other][phone])))
-            pairs = len(x) * (len(run[phone]) - (other == who))  # of A and X
+            x = list(itertools.islice(rows, len(pools[context, other][phone])))
+            # Pairs of A and X. Of one speaker, X is also among the A, where it is never wrong: it
+            # is -inf from itself.
+            pairs = len(x) * (len(pool[phone]) - (other == who))
             wrong = sum(errors(row[at[phone]], row) for row in x)
-            for phone_b, b in run.items():
+            for phone_b, b in pool.items():
                 if phone_b != phone and pairs:
                     size = pairs * len(b)
                     cells[phone, phone_b, who].append(wrong[at[phone_b]].sum() / size)
@@ -226,13 +232,13 @@ def abx_details(features, item_file, speaker="within", context="within", distanc
     """abx() and what is worth knowing beside the error, as a dict."""
     random = np.random.default_rng(seed)
     items, tokens, note = abx_tokens(features, read_items(item_file), item_file)
-    runs = abx_runs(items, context, max_size_group, random)
-    xs = abx_xs(runs, speaker, max_x_across, random)
-    cells, triples = abx_cells(runs, xs, tokens, distance)
+    pools = abx_pools(items, context, max_size_group, random)
+    xs = abx_xs(pools, speaker, max_x_across, random)
+    cells, triples = abx_cells(pools, xs, tokens, distance)
     speakers, phones = ({getattr(item, name) for item in items} for name in ("speaker", "phone"))
     require(cells, f"{item_file}: no cell for ABX {speaker} speaker, {context} context: no A, B "
             f"and X among {len(items)} items of {len(speakers)} speaker(s), {len(phones)} phone(s)")
-    # First the mean over contexts and speakers of X, then over speakers of A and B, then over
+    # (13) First the mean over contexts and speakers of X, then over speakers of A and B, then over
     # pairs (A, B). If any context will do, the first two are one mean.
     pairs = defaultdict(list)
     for (a, b, _), shares in cells.items():
@@ -597,12 +603,12 @@ def align(blocks, distance):
     return np.split(found, np.cumsum([len(start) for start, *_ in pairs])[:-1], 1)
 
 
-def distances(units, distance):
-    """Yields for each unit, two lists of tokens [T, D], the distances [X, Y] of all x from all y.
+def distances(jobs, distance):
+    """Yields for each job, two lists of tokens [T, D], the distances [X, Y] of all x from all y.
     Where x is y, every pair is aligned only once, and a token is -inf from itself."""
-    found = in_threads(lambda blocks: align(blocks, distance), chunks(units, distance))
+    found = in_threads(lambda blocks: align(blocks, distance), chunks(jobs, distance))
     found = itertools.chain.from_iterable(found)  # of each block
-    for x, y in units:
+    for x, y in jobs:
         d = np.full((len(x), len(y)), -np.inf, np.float32)
         for first in range(0, len(x), ROWS):
             i, j = compared(x, y, first)
@@ -619,10 +625,10 @@ def compared(x, y, first):
     return np.triu_indices(rows, first + 1 if x is y else -rows, len(y))
 
 
-def chunks(units, distance):
-    """The blocks of all units, in lists of about CHUNK distances of frames, as align takes them."""
+def chunks(jobs, distance):
+    """The blocks of all jobs, in lists of about CHUNK distances of frames, as align takes them."""
     chunk, size = [], 0
-    for x, y in units:
+    for x, y in jobs:
         y_frames, ty = strung(y, distance)
         x_frames, tx = (y_frames, ty) if x is y else strung(x, distance)
         x_at, y_at = np.append(0, tx.cumsum()), np.append(0, ty.cumsum())
@@ -1411,12 +1417,12 @@ def positive(text):
 
 OPTIONS = {
     "runs": dict(nargs="+", help="folders; for compare also NAME-LANGUAGE.json of 'abx --out'"),
-    "--model": dict(help=f"a run's folder, a checkpoint, or {', '.join(BASELINES)}"),
+    "--model": dict(help=f"a run, a checkpoint, a released model, or {', '.join(BASELINES)}"),
     "--audio": dict(help="a folder of audio, a manifest or one file"),
     "--features": dict(help="a folder of .npy files [T, D], instead of model and audio"),
     "--items": dict(help="an item file"),
     "--units": dict(help="as 'units' writes them; of pairs' wav files: instead of --model"),
-    "--alignments": dict(help="CSV fileid,phones,language: a phone every 10 ms"),
+    "--alignments": dict(help="CSV fileid,phones,language: a phone every 10 ms; or intervals"),
     "--lm": dict(help="a run's folder or a checkpoint of 'lm'"),
     "--data": dict(help="wav files and gold.csv, for tsc ID_correct.wav and ID_incorrect.wav"),
     "--layer": dict(type=positive, help="from 1 [the second with a codebook; abx, compare: all]"),
@@ -1430,7 +1436,7 @@ OPTIONS = {
     "--split": dict(default="test", help="of DiscoPhon's audio [test]"),
     "--keep-features": dict(action="store_true", help="write the features too"),
     "--seed": dict(type=int, default=0, help="of that choice [0]"),
-    "--out": dict(help="a folder; units: JSONL, abx and quality: JSON, look: HTML"),
+    "--out": dict(help="a folder; units: JSONL, abx, quality: JSON, look: HTML [look.html]"),
 }
 # Each verb's function and options; those with ! are needed.
 OUTPUTS = write_outputs, "--model! --audio! --out! --layer --longest"

@@ -1,4 +1,5 @@
-"""Stage 2: MAdaPT, meta-training for fast adaptation (SpidR-Adapt, arXiv 2512.21204).
+"""Stage 2: MAdaPT-FOBLO, meta-training for fast adaptation by first-order bi-level optimisation
+(SpidR-Adapt, arXiv 2512.21204).
 
     python meta_train.py                                        the toy world, from runs/pretrain
     torchrun --nproc_per_node=16 meta_train.py --init runs/pretrain --manifest train.csv \\
@@ -19,10 +20,10 @@ meta-update, and in it for each worker, an episode on one task, some hours of on
     phi <- phi - beta * alpha * mean over workers of the gradient to phi
                         of the supervised loss at theta_M                   (10) MAML
 
-In Reptile, the baseline, all M + N steps are self-supervised. MAML is what FOBLO spares itself:
---measure compares the two. --out holds what pretraining writes;
-the "model" in last.pt is phi, from which adapt.py starts. A run that is stopped or killed starts
-the episode it was in again, to the same bits.
+In Reptile, the baseline, all M + N steps are self-supervised. FOBLO approximates MAML: if theta_M
+is near phi, a step that helps at theta_M helps at phi too. --measure compares the two. --out holds
+a run; the "model" in its last.pt is phi, from which adapt.py starts. A run that is stopped or
+killed starts the episode it was in again, to the same bits.
 """
 
 import itertools
@@ -132,9 +133,9 @@ def make_tasks(rows, o, draw):
 
 
 def forget(model, micro_batches, o, team, episode_seed, step_seed):
-    """Fresh codebooks and heads, the same on all ranks of the worker. Then each head is fitted to
-    the labels of its fresh codebook, at what the student makes of the first step's batches with
-    the first step's dropout."""
+    """Fresh codebooks and heads, the same on all ranks of the worker, which share `episode_seed`.
+    Then each head is fitted to the labels of its fresh codebook, at what the student makes of the
+    first step's batches with the first step's dropout, to which `step_seed` belongs."""
     seed_step(*episode_seed)
     for codebook, head in zip(model.codebooks, model.heads):
         codebook.reset()  # (11)
@@ -188,16 +189,20 @@ def cyclic_lr(step, o):
     that `lr_at` has at the end of the episode, and stays there. In supervised steps it is `lr_at`
     itself."""
     length = o.inner_steps + o.outer_steps
-    start = step - step % length
-    if o.method == "foblo" and step - start >= o.inner_steps:
+    s = step % length
+    if o.method == "foblo" and s >= o.inner_steps:
         return lr_at(step, o)
-    ramp = o.lr_floor + (1 - o.lr_floor) * (step - start) / max(1, o.ramp_steps)
-    return lr_at(start + length, o) * min(1.0, ramp)
+    ramp = o.lr_floor + (1 - o.lr_floor) * s / max(1, o.ramp_steps)
+    return lr_at(step - s + length, o) * min(1.0, ramp)
 
 
 def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team, log, done):
     """The bi-level loop over the workers of this process. `done` says where it goes on: how many
-    meta-updates were made, and how many episodes of the next one."""
+    meta-updates were made, and how many episodes of the next one.
+
+    delta is the sum of (end - start) over these workers' episodes. The end is the model after an
+    episode, the start theta_M in FOBLO, phi in Reptile and MAML. The start is subtracted when it is
+    reached, so that no copy of theta_M is kept."""
     M, N, foblo = o.inner_steps, o.outer_steps, o.method == "foblo"
     for update in range(done[0], o.updates):
         for i in range(done[1], len(workers)):
@@ -205,7 +210,7 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
             unlabelled, labelled = episodes(update * o.workers + worker)
             unlabelled = fetch(unlabelled, o, team, 0, log)
             labelled = labelled and fetch(labelled, o, team, 0, log)
-            torch._foreach_copy_(theta(model), phi)  # theta_0 = phi, before it forgets
+            torch._foreach_copy_(theta(model), phi)  # of which forget() makes theta_0
             if not foblo:
                 add(delta, phi, -1)  # (9), (10) delta -= phi
             for s in range(M + N):
@@ -214,10 +219,10 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
                 micro_batches = next(labelled if supervised else unlabelled)
                 if s == 0 and o.forgetting:
                     forget(model, micro_batches, o, team, (o.seed, step, worker, 8), step_seed)
+                seed_step(*step_seed)
                 if o.method == "maml":  # all steps of the episode at once
                     log.add(maml(model, o, micro_batches, unlabelled, labelled))
                     break
-                seed_step(*step_seed)
                 rate, layer = cyclic_lr(step, o), o.supervised_layer if supervised else 0
                 log.add(train_step(
                     model, optimizers[i], micro_batches, step + 1, rate, o, team, layer))
@@ -244,8 +249,9 @@ def meta_train(o, model, phi, delta, optimizers, workers, episodes, place, team,
 
 # ======== (10) MAML, for comparison ========
 # The exact gradient to phi of the supervised loss at theta_M goes back through all M inner steps,
-# here plain SGD: it needs their second derivatives, and keeps all that they computed. FOBLO stops
-# at theta_M. Its time and its memory do not grow with M.
+# here plain SGD: it needs their second derivatives, and keeps all that they computed. FOBLO does
+# not go back beyond theta_M: its memory does not grow with M. Fresh codebooks and heads cut the
+# way to those of phi, which move as in (9).
 
 
 class Loss(nn.Module):
@@ -266,33 +272,35 @@ class Loss(nn.Module):
 
 def meta_gradient(model, o, inner, outer, exact=True, checkpointed=False):
     """(10) {parameter: gradient of the loss of the batches `outer` at theta_M}, and that loss. If
-    not exact, the gradient to theta_M, which FOBLO follows."""
+    not exact, the gradient to theta_M, as FOBLO takes it."""
     loss_of = Loss(model)
-    names, phi = zip(*((name, p) for name, p in loss_of.named_parameters() if p.requires_grad))
+    names, start = zip(*((name, p) for name, p in loss_of.named_parameters() if p.requires_grad))
     codebooks = [t for codebook in model.codebooks for t in codebook.buffers()]
-    seen = [[t.clone() for t in codebooks]]  # by inner step, which may be computed once more
+    # The codebooks before each inner step. Checkpointing computes a step once more on the way back,
+    # and then has to find them as they were.
+    seen = {0: [t.clone() for t in codebooks]}
 
-    def inner_step(s, *theta):
+    def inner_step(s, *weights):
         torch._foreach_copy_(codebooks, seen[s])
-        loss, stats = functional_call(loss_of, dict(zip(names, theta)), (inner[s], 0))
-        gradients = torch.autograd.grad(loss, theta, create_graph=exact, materialize_grads=True)
+        loss, stats = functional_call(loss_of, dict(zip(names, weights)), (inner[s], 0))
+        gradients = torch.autograd.grad(loss, weights, create_graph=exact, materialize_grads=True)
         model.update_codebooks(stats)
-        seen.insert(s + 1, [t.clone() for t in codebooks])
-        return tuple(p - o.maml_lr * gradient for p, gradient in zip(theta, gradients))
+        seen[s + 1] = [t.clone() for t in codebooks]
+        return tuple(p - o.maml_lr * gradient for p, gradient in zip(weights, gradients))
 
-    theta = phi
+    weights = start
     for s in range(len(inner)):
         if checkpointed:
-            theta = checkpoint(inner_step, s, *theta, use_reentrant=False)
+            weights = checkpoint(inner_step, s, *weights, use_reentrant=False)
         else:
-            theta = inner_step(s, *theta)
+            weights = inner_step(s, *weights)
         if not exact:
-            theta = tuple(p.detach().requires_grad_() for p in theta)
-    at_theta = dict(zip(names, theta))
-    losses = [functional_call(loss_of, at_theta, (b, o.supervised_layer))[0] for b in outer]
+            weights = tuple(p.detach().requires_grad_() for p in weights)
+    at_end = dict(zip(names, weights))
+    losses = [functional_call(loss_of, at_end, (b, o.supervised_layer))[0] for b in outer]
     loss = sum(losses) / len(losses)
-    gradients = torch.autograd.grad(loss, phi if exact else theta, materialize_grads=True)  # (10)
-    return dict(zip(names, gradients)), loss.detach()
+    gradients = torch.autograd.grad(loss, start if exact else weights, materialize_grads=True)
+    return dict(zip(names, gradients)), loss.detach()  # (10)
 
 
 def maml(model, o, first, unlabelled, labelled):

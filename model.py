@@ -279,8 +279,8 @@ class Transformer(nn.Module):
             stream, output = layer(x, valid)
             outputs.append(output)  # also of a dropped layer, whose head has to learn
             if self.training and self.layer_drop > 0:
-                # Every rank computes the layer and then selects, so that all ranks have the same
-                # gradients to sum.
+                # A dropped layer is computed all the same. Each rank drops others, and all must
+                # have a gradient for every weight.
                 dropped = (torch.rand(()) < self.layer_drop).to(x.device, non_blocking=True)
                 stream = torch.where(dropped, x, stream)
             x = stream
@@ -300,7 +300,7 @@ class Codebook(nn.Module):
         self.register_buffer("counts", torch.empty(config.codewords))  # N [V]
         self.reset()
 
-    def reset(self):
+    def reset(self):  # each dimension normalised over codewords, as it is over time in targets
         noise = torch.randn(self.codebook.shape)
         self.codebook.copy_(instance_norm(noise[None])[0])
         self.counts.fill_(1)
@@ -346,8 +346,8 @@ class SpidR(nn.Module):
 
     def head_inputs(self, stream, outputs):
         # SpidR's one change to DinoSR's objective. With every head on the last layer, nothing ties
-        # a lower layer of the student to the codebook of its own teacher layer, and codebooks
-        # collapse; a head for each layer keeps them alive.
+        # a lower layer of the student to the codebook of its own teacher layer, and codebooks can
+        # collapse; a head for each layer is to keep them alive.
         if self.config.objective == "dinosr":
             return [stream] * self.config.codebooks
         return outputs[-self.config.codebooks :]
@@ -374,9 +374,9 @@ class SpidR(nn.Module):
         with torch.no_grad():
             _, outputs = self.teacher(x, valid)  # the teacher hears everything
             outputs = outputs[-self.config.codebooks :]
-            targets = [instance_norm(y, valid).flatten(0, 1)[where] for y in outputs]  # (2)
+            targets = [instance_norm(f, valid).flatten(0, 1)[where] for f in outputs]  # (2)
         inputs = self.head_inputs(*self.student(self.hide(x, mask), valid))
-        return [y.flatten(0, 1)[where] for y in inputs], torch.stack(targets)
+        return [z.flatten(0, 1)[where] for z in inputs], torch.stack(targets)
 
     def hide(self, x, mask):
         """One learned vector in the place of every masked frame."""
@@ -442,8 +442,9 @@ class SpidR(nn.Module):
 
     def ema_decay(self, step):
         """b in (6), which is 1 for good once it is near enough."""
-        decay = 1 - (1 - self.config.ema_start) * math.exp(-step / self.config.ema_timescale)
-        return 1.0 if 1 - decay <= self.config.ema_threshold else decay
+        o = self.config
+        decay = 1 - (1 - o.ema_start) * math.exp(-step / o.ema_timescale)  # (6)
+        return 1.0 if 1 - decay <= o.ema_threshold else decay
 
     @torch.no_grad()
     def update_teacher(self, step):

@@ -1,6 +1,6 @@
 """Stage 1: SpidR pretraining from raw audio, and the step that every stage shares.
 
-    python pretrain.py                                  the toy world and a tiny model, on a CPU
+    python pretrain.py      the toy world and a tiny model, with labels in half of the steps
     torchrun --nproc_per_node=16 pretrain.py --manifest train.csv [--alignments phones.csv]
 
 The second is the papers' run: 400,000 steps of 16 x 237.5 s. SpidR (arXiv 2512.20308) learns
@@ -104,7 +104,7 @@ class Options(StageOptions):
 
 # tiny departs from the papers in numbers only, so that minutes show something: small steps (four
 # crops of 4 s) at a higher rate, shorter spans, and half of the steps supervised, on layer 3 of 4.
-# On two cores loaders would take from the products more than they give.
+# On two cores loaders would slow down the training by more than they save.
 TINY = dict(batch_samples=256_000, max_samples=64_000, crop_multiple=16_000, mask_prob=0.6,
             mask_span=8, loaders=0)
 PRESETS = {
@@ -124,7 +124,7 @@ def train_step(model, optimizer, micro_batches, step, lr, o, place, layer=0):
     The loss is a mean over the frames of all micro-batches and ranks. A micro-batch knows the mean
     over its own frames. So its gradients are weighted by the number of its frames, and the sum of
     all gradients is divided by the number of all frames. How a batch is spread over ranks and
-    micro-batches then changes nothing but rounding."""
+    micro-batches then changes nothing but rounding and the draws of dropout."""
     optimizer.zero_grad()
     stats = {}
     for batch in micro_batches:
@@ -152,7 +152,8 @@ def train_step(model, optimizer, micro_batches, step, lr, o, place, layer=0):
 
 
 def move(optimizer, gradients, count, lr, o):
-    """One step of AdamW along the mean of gradients that are sums over `count` frames."""
+    """The gradients are sums over `count` frames. They are divided by that and clipped, and AdamW
+    takes a step."""
     norm = torch.nn.utils.get_total_norm(gradients) / count
     torch._foreach_mul_(gradients, (o.clip / (norm + 1e-6)).clamp(max=1.0) / count)
     # If the gradient is not finite on one rank, the sum is not finite on any. So all ranks skip the
@@ -197,10 +198,10 @@ def main():
 
     # ======== data ========
     rows, labelled_rows, classes, inventory = read_data(o, place, inventory, o.supervised_every)
-    group = place.world * o.accumulate
-    unlabelled = data.Batches(rows, model.config, o, group)
+    per_step = place.world * o.accumulate
+    unlabelled = data.Batches(rows, model.config, o, per_step)
     labelled = labelled_rows and data.Batches(
-        labelled_rows, model.config, o, group, classes, stream=(1,))
+        labelled_rows, model.config, o, per_step, classes, stream=(1,))
     valid = data.Batches(read_rows(o.valid, o), model.config, o, stream=(2,)) if o.valid else None
 
     # ======== model, optimizer ========
@@ -215,9 +216,11 @@ def main():
     log, stop = Log(o, place, o.steps, first, totals), Stop(place)
 
     # ======== loop ========
-    every = o.supervised_every if labelled else o.steps + 1  # the last of so many is supervised
-    unlabelled = fetch(unlabelled, o, place, first - first // every, log)
-    labelled = labelled and fetch(labelled, o, place, first // every, log)
+    # Of `every` steps the last is supervised; without labels none is.
+    every = o.supervised_every if labelled else o.steps + 1
+    had = first // every  # supervised steps before `first`
+    unlabelled = fetch(unlabelled, o, place, first - had, log)
+    labelled = labelled and fetch(labelled, o, place, had, log)
     model.train()
     for step in range(first, o.steps):
         if step >= o.freeze_step:
