@@ -20,9 +20,10 @@ are chance, good models make 3 to 6%. `quality` tells how well units stand for p
 causal Transformer on units; with it `swuggy` asks which of two recordings is a word, `sblimp` which
 one is grammatical, `tsc` which one ends a story as it began.
 
-M is a run's folder, a checkpoint of ours or a released one, a released model's name, or a baseline:
-mfcc, wav2vec2_base, hubert_base, wavlm_base. A is a folder of audio, a manifest, or one file. Layers count from 1.
-Features and units carry a hash of their model, so that they are never taken for another one's.
+M is a run, a checkpoint of ours or a released one, a released model's name, or a baseline: mfcc,
+wav2vec2_base, hubert_base, wavlm_base. A is a folder of audio, a manifest, or one file. Layers
+count from 1. Features and units carry a hash of their model, so that they are never taken for
+another one's.
 """
 
 import argparse
