@@ -1077,7 +1077,9 @@ def toy_table(toy, encoders, layer=None, every=False):
     """ABX on the toy world, a few tokens a cell, of one layer that is fixed beforehand, or of every
     layer. -> {encoder: [layers, 4]}: the mean of the unseen languages within and across speakers,
     then a seen language within and across."""
-    print_row("ABX error, %", "layer", "unseen: within", "across", "seen: within", "across")
+    print_row("ABX error, %", "layer",
+              *(f"{languages} {speakers}" for languages in ("unseen", "seen")
+                for speakers in ("within", "across")))
     tables = {}
     for name, encoder in encoders.items():
         layers, errors = [encoder.layer(layer if encoder.codebooks else None)], []
