@@ -30,7 +30,7 @@ import evaluate
 import model as spidr
 
 RUNS, RESULTS, TOY = Path("runs/experiments"), Path("assets/results"), Path("runs/toy")
-LAYER = 3
+LAYER, LAST = 3, 1200  # the layer that is evaluated; the last step of pretraining
 
 
 def run(script, *words):
@@ -59,9 +59,9 @@ def record(name, key, found):
 
 
 @functools.cache
-def pretrained(start, seed, *more):
+def pretrained(start, seed, *more, name=""):
     """A pretrained model: with labels in every second step, or ssl, without any."""
-    out = RUNS / f"{start}{seed}"
+    out = RUNS / f"{start}{seed}{name}"
     labels = ["--supervised-every", 0] if start == "ssl" else []
     run("pretrain.py", "--seed", seed, "--out", out, *labels, "--keep-every", 100, *more)
     return out
@@ -181,19 +181,20 @@ def teacher_labels(checkpoint):
 
 
 def layers(seed):
-    """SpidR and DinoSR: the perplexity of the labels, how many codewords they are, and the share of
-    frames whose label is another than a hundred steps before, by codebook."""
-    for objective in "spidr", "dinosr":
-        start = "sl" if objective == "spidr" else "dinosr"
-        model = pretrained(start, seed, "--objective", objective)
+    """SpidR and DinoSR, from audio alone and with labels: the perplexity of the teacher's labels,
+    how many codewords they are, and the share of frames whose label is another than a hundred steps
+    before, by codebook."""
+    for start, objective in itertools.product(("ssl", "sl"), ("spidr", "dinosr")):
+        model = pretrained(start, seed, "--objective", objective,
+                           name="-dinosr" * (objective == "dinosr"))
         before, paths = None, sorted(model.glob("step_*.pt"), key=lambda p: int(p.stem[5:]))
         for path in paths:
             found = teacher_labels(path)
             for codebook, now in enumerate(found):
                 used = torch.bincount(now).double() / len(now)
                 used = used[used > 0]
-                key = {"seed": seed, "objective": objective, "codebook": codebook,
-                       "step": int(path.stem[5:])}
+                key = {"seed": seed, "start": start, "objective": objective,
+                       "codebook": codebook, "step": int(path.stem[5:])}
                 if not known("layers", **key):
                     record("layers", key, {
                         "target_ppl": float((-(used * used.log()).sum()).exp()),
@@ -382,6 +383,7 @@ TABLES = {  # columns that tell the rows apart, and the others
     "batch": ("seconds lr", MEASURES[:3] + ["target_ppl"]),
     "grid": ("beta inner_steps decay", MEASURES[:3] + ["target_ppl"]),
     "maml": ("inner_steps way", ["seconds", "peak_memory_gib", "cosine"]),
+    "layers": ("start objective codebook", ["target_ppl", "active", "changed"]),
     "follow": ("inner_steps beta method updates", ["before", "after", "seconds"]),
 }
 
@@ -397,6 +399,7 @@ def draw(_):
              for name in names]))
     for name, (keys, measures) in TABLES.items():
         rows, keys = results(name), keys.split()
+        rows = where(rows, step=LAST) if name == "layers" else rows
         found = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
         parts.append(table_of(name, keys + measures, [
             [*values, *(by_seed(where(rows, **dict(zip(keys, values))), m) for m in measures)]
@@ -412,7 +415,7 @@ def draw(_):
     curves("table", rows, "minutes", "model", {
         "features across": "ABX of features, by minutes of adaptation",
         "units across": "ABX of units", "pnmi": "PNMI"})
-    curves("layers", results("layers"), "step", "objective codebook", {
+    curves("layers", where(results("layers"), start="ssl"), "step", "objective codebook", {
         "target_ppl": "perplexity of the labels, by step",
         "active": "codewords in use (0: the lowest codebook)",
         "changed": "share of labels that change in 100 steps"})
