@@ -781,12 +781,20 @@ def run_abx(args):
     print_row("ABX error, %", "layer", *speakers)
     records = []
     for layer, features in abx_by_layer(args):
-        found = [abx_details(features, args.items, speaker, args.context, args.distance,
-                             args.max_size_group, args.max_x_across, args.seed)
-                 for speaker in speakers]
-        print_row(args.model or args.features, layer, *(one["error"] for one in found))
-        records += [dict(layer=layer) | one for one in found]
-    print("\n".join(str(one) for one in found))
+        found, problem = {}, None
+        for speaker in speakers:
+            try:
+                found[speaker] = abx_details(
+                    features, args.items, speaker, args.context, args.distance,
+                    args.max_size_group, args.max_x_across, args.seed)
+            except InputError as error:  # of a single speaker there is no ABX across
+                problem = error
+        if not found:
+            raise problem
+        shown = (found[one]["error"] if one in found else "-" for one in speakers)
+        print_row(args.model or args.features, layer, *shown)
+        records += [dict(layer=layer) | one for one in found.values()]
+    print(*found.values(), *[problem] * (problem is not None), sep="\n")
     if args.out:
         write_json(args.out, records)
 
