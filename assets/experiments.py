@@ -243,7 +243,9 @@ def grid(seed):
 # ======== MAML ========
 
 INNER = 1, 2, 4, 8, 16, 32
-FOLLOW = (2, 8), [("foblo", 10), ("foblo", 20), ("maml", 10)], (0.3, 1)
+FOLLOW = (2, 8), [  # inner steps; method, meta-updates, beta
+    ("foblo", 10, 0.3), ("foblo", 10, 1), ("foblo", 20, 0.3), ("foblo", 20, 1),
+    ("maml", 10, 0.3), ("maml", 10, 1), ("maml", 10, 4)]
 
 
 def measured(model, seed, inner, outer, *more):
@@ -269,7 +271,7 @@ def follow(seed):
     audio = TOY / "eval" / f"{data.EVAL_SOURCES[0]}.csv"
     held_out = "--manifest", audio, "--alignments", f"{audio.with_suffix('')}_alignments.csv", \
         "--preset", "tiny"
-    for steps, (method, updates), beta in itertools.product(*FOLLOW):
+    for steps, (method, updates, beta) in itertools.product(*FOLLOW):
         key = {"seed": seed, "inner_steps": steps, "method": method, "updates": updates,
                "beta": beta}
         if not known("follow", **key):
@@ -384,7 +386,7 @@ TABLES = {  # columns that tell the rows apart, and the others
     "grid": ("beta inner_steps decay", MEASURES[:3] + ["target_ppl"]),
     "maml": ("inner_steps way", ["seconds", "peak_memory_gib", "cosine"]),
     "layers": ("start objective codebook", ["target_ppl", "active", "changed"]),
-    "follow": ("inner_steps beta method updates", ["before", "after", "seconds"]),
+    "follow": ("inner_steps method updates beta", ["before", "after", "seconds"]),
 }
 
 
