@@ -1336,8 +1336,8 @@ def test_the_readme_s_commands_run(cli, toy, small_presets):
     for script, text in found:
         text = re.sub(r"--(compile|accumulate \d+|steps \d+)", "", text)
         for written, here in (
-            ("--languages wol", "--languages goxi"), ("/wol/", "/goxi/"), ("--layer 6", "--layer 3"),
-            ("--budget 10min", "--budget 3s"),
+            ("--languages wol", "--languages goxi"), ("/wol/", "/goxi/"),
+            ("--layer 6", "--layer 3"), ("--budget 10min", "--budget 3s"),
             ("phonetic/dev-clean/dev-clean.item", "dev-clean.item")):
             text = text.replace(written, here)
         status, _, err = cli(importlib.import_module(script), *text.split())
