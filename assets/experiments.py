@@ -424,8 +424,7 @@ def draw(_):
     curves("maml", results("maml"), "inner_steps", "way", {
         "seconds": "seconds of an episode, by inner steps M", "peak_memory_gib": "peak memory, GiB",
         "cosine": "cosine to FOBLO's meta-gradient"})
-    init = [row["features across"] for row in where(results("table"), model="sl", minutes=0)]
-    draw_grid(results("grid"), fmean(init) if init else 0)
+    draw_grid(results("grid"), where(results("table"), model="sl", minutes=0))
 
 
 def curves(name, rows, x, names, titles):
@@ -447,14 +446,17 @@ def curves(name, rows, x, names, titles):
 
 def draw_grid(rows, before):
     """assets/grid.svg: a square of ABX for each decay of the teacher, beta by inner steps. What
-    came to nothing is marked."""
+    came to nothing is marked: diverged, collapsed, or within 0.1 of the ABX before."""
     if not rows:
         return
-    cells = defaultdict(list)
+    cells, start = defaultdict(list), {(row["seed"], row["language"]): row for row in before}
     for row in rows:
         cells[row["decay"], row["beta"], row["inner_steps"]].append(row)
     errors = {key: fmean(row["features across"] for row in found)
               for key, found in cells.items() if not any("diverged" in row for row in found)}
+    change = {key: errors[key] - fmean(
+        start.get((row["seed"], row["language"]), row)["features across"] for row in cells[key])
+        for key in errors}
     plots, low, high = [], min(errors.values()), max(errors.values())
     for decay in GRID[2]:
         drawn = [f'<text y="-6">decay of the teacher {decay}</text>']
@@ -469,7 +471,7 @@ def draw_grid(rows, before):
                 else:
                     perplexity = fmean(row["target_ppl"] for row in cells[key])
                     words = f"{error:.1f}", ("collapsed" if perplexity < 3 else
-                                             "no change" if abs(error - before) < 0.1 else "")
+                                             "no change" if abs(change[key]) < 0.1 else "")
                 drawn.append(
                     f'<rect x="{80 * j}" y="{50 * i}" width="78" height="48" fill="#cc6633" '
                     f'fill-opacity="{dark:.2f}"/>')
