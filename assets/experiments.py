@@ -227,6 +227,7 @@ def grid(seed):
     """Five meta-updates of FOBLO, by beta, inner steps and the teacher's decay. Seed 0 goes over
     the whole grid, others over its corners."""
     init = pretrained("sl", seed)
+    discover("table", {"seed": seed, "model": "sl", "minutes": 0}, init)
     for beta, inner, decay in itertools.product(*(x if seed == 0 else x[::2] for x in GRID)):
         key = {"seed": seed, "beta": beta, "inner_steps": inner, "decay": decay}
         try:
@@ -445,33 +446,30 @@ def curves(name, rows, x, names, titles):
 
 
 def draw_grid(rows, before):
-    """assets/grid.svg: a square of ABX for each decay of the teacher, beta by inner steps. What
-    came to nothing is marked: diverged, collapsed, or within 0.1 of the ABX before."""
-    if not rows:
+    """assets/grid.svg: how five meta-updates change ABX, a square for each decay of the teacher,
+    beta by inner steps. What came to nothing is marked: diverged, collapsed, or less than 0.1."""
+    if not rows or not before:
         return
-    cells, start = defaultdict(list), {(row["seed"], row["language"]): row for row in before}
+    cells, start = defaultdict(list), {
+        (row["seed"], row["language"]): row["features across"] for row in before}
     for row in rows:
         cells[row["decay"], row["beta"], row["inner_steps"]].append(row)
-    errors = {key: fmean(row["features across"] for row in found)
+    change = {key: fmean(row["features across"] - start[row["seed"], row["language"]]
+                         for row in found)
               for key, found in cells.items() if not any("diverged" in row for row in found)}
-    change = {key: errors[key] - fmean(
-        start.get((row["seed"], row["language"]), row)["features across"] for row in cells[key])
-        for key in errors}
-    plots, low, high = [], min(errors.values()), max(errors.values())
+    plots, low, high = [], min(change.values()), max(change.values())
     for decay in GRID[2]:
-        drawn = [f'<text y="-6">decay of the teacher {decay}</text>']
+        drawn = [f'<text y="-6">change of ABX, decay of the teacher {decay}</text>']
         for i, beta in enumerate(GRID[0]):
             drawn.append(f'<text x="-4" y="{50 * i + 30}" text-anchor="end">β {beta}</text>')
             for j, inner in enumerate(GRID[1]):
                 key = decay, beta, inner
-                error = errors.get(key, high)
-                dark = 0.1 + 0.6 * (error - low) / max(high - low, 1e-9)
-                if key not in errors:
-                    words = "diverged", ""
-                else:
+                words, moved = ["diverged"] * (key in cells), change.get(key, high)
+                if key in change:
                     perplexity = fmean(row["target_ppl"] for row in cells[key])
-                    words = f"{error:.1f}", ("collapsed" if perplexity < 3 else
-                                             "no change" if abs(change[key]) < 0.1 else "")
+                    words = [f"{moved:+.1f}", "collapsed" if perplexity < 3 else
+                             "no change" if abs(moved) < 0.1 else ""]
+                dark = 0.1 + 0.6 * (moved - low) / max(high - low, 1e-9)
                 drawn.append(
                     f'<rect x="{80 * j}" y="{50 * i}" width="78" height="48" fill="#cc6633" '
                     f'fill-opacity="{dark:.2f}"/>')
