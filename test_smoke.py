@@ -1355,7 +1355,7 @@ def test_each_experiment_runs(cli, small_presets, monkeypatch):
         return out
 
     for name, value in (("run", run), ("GRID", [[1]] * 3), ("BATCHES", [[4], [1e-3]]),
-                        ("INNER", [1]), ("FOLLOW", ([1], [("foblo", 1, 1), ("maml", 1, 1)])),
+                        ("INNER", [1]), ("FOLLOW", ([1], [("foblo", 1, 1)])),
                         ("AMOUNTS", [10])):
         monkeypatch.setattr(experiments, name, value)
     monkeypatch.setattr(data, "FAR", ["qxan"])
