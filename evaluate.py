@@ -794,7 +794,9 @@ def run_abx(args):
         shown = (found[one]["error"] if one in found else "-" for one in speakers)
         print_row(args.model or args.features, layer, *shown)
         records += [dict(layer=layer) | one for one in found.values()]
-    print(*found.values(), *[problem] * (problem is not None), sep="\n")
+    print(*found.values(), sep="\n")
+    if problem:
+        print(problem, file=sys.stderr)
     if args.out:
         write_json(args.out, records)
 
@@ -1085,9 +1087,8 @@ def toy_table(toy, encoders, layer=None, every=False):
     """ABX on the toy world, a few tokens a cell, of one layer that is fixed beforehand, or of every
     layer. -> {encoder: [layers, 4]}: the mean of the unseen languages within and across speakers,
     then a seen language within and across."""
-    print_row("ABX error, %", "layer",
-              *(f"{languages} {speakers}" for languages in ("unseen", "seen")
-                for speakers in ("within", "across")))
+    print_row("ABX error, %", "layer", "unseen within", "unseen across", "seen within",
+              "seen across")
     tables = {}
     for name, encoder in encoders.items():
         layers, errors = [encoder.layer(layer if encoder.codebooks else None)], []

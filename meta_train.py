@@ -402,7 +402,8 @@ def measure(model, o, episodes, place):
         with sdpa_kernel(kernels):
             gradients, loss = meta_gradient(model, o, inner, outer, **how)
         record = {"way": way, "inner_steps": o.inner_steps, "loss": loss.item()}  # waits for a GPU
-        record["seconds"], first = time.perf_counter() - began, first or gradients
+        record["seconds"] = time.perf_counter() - began
+        first = first or gradients
         norms = math.sqrt(dot(first, first) * dot(gradients, gradients))
         record["cosine"] = dot(first, gradients) / norms
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

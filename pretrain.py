@@ -216,8 +216,7 @@ def main():
     log, stop = Log(o, place, o.steps, first, totals), Stop(place)
 
     # ======== loop ========
-    # Of `every` steps the last is supervised; without labels none is.
-    every = o.supervised_every if labelled else o.steps + 1
+    every = o.supervised_every if labelled else o.steps + 1  # of so many the last is supervised
     had = first // every  # supervised steps before `first`
     unlabelled = fetch(unlabelled, o, place, first - had, log)
     labelled = labelled and fetch(labelled, o, place, had, log)

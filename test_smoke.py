@@ -951,7 +951,7 @@ def test_abx_subsampled(tmp_path):
     assert found[0] == evaluate.abx_details(features, items, seed=0, **options)
 
 
-def test_abx_says_what_it_leaves_out(tmp_path):
+def test_abx_says_what_it_leaves_out(tmp_path, cli):
     features, items, _ = abx_world(tmp_path)
     with open(items, "a") as file:
         file.write("f0 0.011 0.012 p0 c0 c s0\nnone 0 1 p0 c0 c s0\nf1 0.01 99 p0 c0 c s0\n")
@@ -960,6 +960,10 @@ def test_abx_says_what_it_leaves_out(tmp_path):
     lines = [line for line in items.read_text().splitlines() if line.endswith(("speaker", "s0"))]
     items.write_text("\n".join(lines))
     complains("no cell .* 1 speaker", evaluate.abx, features, items, speaker="across")
+    for file, frames in features.items():
+        np.save(f"{file}.npy", frames)
+    code, out, err = cli(evaluate, "abx", "--features", ".", "--items", items)
+    assert code == 0 and re.search(r" \d+\.\d\d +-$", out, re.M) and "1 speaker" in err
     items.write_text("\n".join(lines + ["f0 0.1 x p0 c0 c s0"]))
     complains(rf"{items.name}:{len(lines) + 1}: not an item", evaluate.abx, features, items)
 

@@ -28,9 +28,10 @@ import torch
 import data
 import evaluate
 import model as spidr
+import pretrain
 
 RUNS, RESULTS, TOY = Path("runs/experiments"), Path("assets/results"), Path("runs/toy")
-LAYER, LAST = 3, 1200  # the layer that is evaluated; the last step of pretraining
+LAYER = 3
 
 
 def run(script, *words):
@@ -354,7 +355,7 @@ def by_seed(rows, measure):
     """Of each seed the mean over languages; of these mean ± standard deviation (seeds)."""
     seeds = defaultdict(list)
     for row in rows:
-        if measure in row:
+        if row.get(measure) is not None:
             seeds[row["seed"]].append(row[measure])
     most = max(map(len, seeds.values()), default=0)  # a seed with fewer languages is not done
     means = [fmean(found) for found in seeds.values() if len(found) == most]
@@ -402,7 +403,8 @@ def draw(_):
              for name in names]))
     for name, (keys, measures) in TABLES.items():
         rows, keys = results(name), keys.split()
-        rows = where(rows, step=LAST) if name == "layers" else rows
+        if name == "layers":  # after the last step
+            rows = where(rows, step=pretrain.PRESETS["tiny"]["steps"])
         found = list(dict.fromkeys(tuple(row[key] for key in keys) for row in rows))
         parts.append(table_of(name, keys + measures, [
             [*values, *(by_seed(where(rows, **dict(zip(keys, values))), m) for m in measures)]
