@@ -370,14 +370,19 @@ def seed_step(*numbers):
 def to_device(model, o, place):
     """There, and as fast as it can be there."""
     model.to(place.device)
+    spidr.faster(model)
     if o.compile:
-        # Student and teacher share their code: shapes, a batch of one, depths, no-grad and frozen
-        # inputs make a graph each. After eight torch would go on without compiling.
+        # Layers of the same shapes share their code. There is a graph for each of: the first shape,
+        # all others, a batch of one, no-grad, frozen. After eight torch would not compile any more.
         torch._dynamo.config.recompile_limit = 64
-        for part in model.feature_extractor, model.student, model.teacher:
-            part.compile()
-    elif place.device.type == "cpu":
-        spidr.faster_on_cpu(model)
+        for part in model.modules():
+            if isinstance(part, (spidr.Downsampler, spidr.PositionalConv, spidr.Layer)):
+                part.compile(options={
+                    # By default the backward pass writes GELU's input, in float32, to read it back.
+                    "realize_reads_threshold": 8,
+                    # Fails (torch 2.11, on GPUs) once the batch's size and its length have varied.
+                    "triton.coalesce_tiling_analysis": False})
+        model.targets = torch.compile(model.targets)
 
 
 # ======== model, optimizer, data ========
