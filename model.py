@@ -615,14 +615,57 @@ def barrier():
         dist.barrier()
 
 
+def alone(group):
+    return not dist.is_initialized() or dist.get_world_size(group) == 1
+
+
 def all_sum(tensors, group=None):
     """Sums a list of tensors, in place, over the ranks of a group, in one message."""
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
-        message = torch.cat([t.flatten().float() for t in tensors])
-        dist.all_reduce(message, group=group)
+    if not alone(group):
+        start_sum(tensors, group)()
+    return tensors
+
+
+def start_sum(tensors, group):
+    """Sends the message. The sums are there once the function is called that this returns."""
+    message = torch.cat([t.flatten().float() for t in tensors])
+    work = dist.all_reduce(message, group=group, async_op=True)
+
+    def finish():
+        work.wait()
         parts = message.split([t.numel() for t in tensors])
         torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
-    return tensors
+
+    return finish
+
+
+def backward(loss, model, group, last=True):
+    """loss.backward(), and after the last micro-batch of a step the gradients are summed over the
+    ranks of a group. When the backward pass comes to a layer, it is done with those above. These
+    are sent while it goes on, so that most of the messages cost no time."""
+    if alone(group) or not last:
+        return loss.backward()
+    top = *model.heads.parameters(), *model.supervised_classifiers.parameters()
+    parts = [top, *(list(layer.parameters()) for layer in reversed(model.student.layers))]
+    known = {p for part in parts for p in part}
+    parts.append([p for p in model.parameters() if p not in known])
+    sums = []  # of the parts that are sent
+
+    def come_to(number):
+        if number < len(sums):
+            raise RuntimeError("a gradient came after those of its part were sent")
+        for part in parts[len(sums) : number]:
+            gradients = [p.grad for p in part if p.grad is not None]
+            sums.append(start_sum(gradients, group) if gradients else lambda: None)
+
+    hooks = [p.register_post_accumulate_grad_hook(lambda _, number=number: come_to(number))
+             for number, part in enumerate(parts) for p in part if p.requires_grad]
+    loss.backward()
+    come_to(len(parts))
+    for finish in sums:
+        finish()
+    for hook in hooks:
+        hook.remove()
 
 
 # ======== faster convolutions ========

@@ -42,7 +42,7 @@ import torch.distributed as dist
 
 import data
 import model as spidr
-from model import Config, InputError, SpidR, all_sum, barrier, option, require
+from model import Config, InputError, SpidR, all_sum, backward, barrier, option, require
 
 # ======== options ========
 
@@ -127,7 +127,7 @@ def train_step(model, optimizer, micro_batches, step, lr, o, place, layer=0):
     micro-batches then changes nothing but rounding and the draws of dropout."""
     optimizer.zero_grad()
     stats = {}
-    for batch in micro_batches:
+    for i, batch in enumerate(micro_batches, 1):
         wav = batch["wav"].to(place.device, non_blocking=True)
         with autocast(o, place):
             if layer:
@@ -136,10 +136,10 @@ def train_step(model, optimizer, micro_batches, step, lr, o, place, layer=0):
                     wav, batch["mask"], phones, batch["language"], layer)  # (7)
             else:
                 loss, part = model(wav, batch["mask"])  # (1) to (4)
-        (loss * part["frames"]).backward()
+        backward(loss * part["frames"], model, place.group, last=i == len(micro_batches))
         stats = {name: stats.get(name, 0) + value for name, value in part.items()}
+    all_sum(list(stats.values()), place.group)
     gradients = [p.grad for p in trained(optimizer) if p.grad is not None]
-    all_sum(gradients + list(stats.values()), place.group)
     metrics = move(optimizer, gradients, stats["frames"], lr, o)
     if layer:
         for name in "phone_loss", "phone_accuracy":
