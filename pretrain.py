@@ -99,7 +99,6 @@ class Options(StageOptions):
     supervised_layer: int = option(8, "whose output the phone classifiers read")
     save_every: int = option(1_000, "steps between checkpoints (last.pt)")
     keep_every: int = option(50_000, "steps between checkpoints that are kept (step_N.pt)")
-    benchmark: int = option(0, "only time so many steps on random audio: a JSON line")
 
 
 # tiny departs from the papers in numbers only, so that minutes show something: small steps (four
@@ -193,8 +192,6 @@ def main():
     model, inventory = initial_model(o, config)
     check_options(o, model.config)
     to_device(model, o, place)
-    if o.benchmark:
-        return benchmark(o, model, place)
 
     # ======== data ========
     rows, labelled_rows, classes, inventory = read_data(o, place, inventory, o.supervised_every)
@@ -254,8 +251,8 @@ SCHEDULE = {"warmup_steps", "hold_steps", "decay_steps", "freeze_step"}
 POSITIVE = ("steps accumulate log_every save_every crop_multiple mask_span lr clip eps workers "
             "updates inner_steps").split()
 # What may change when a run resumes: it computes the same, but for rounding and dropout.
-FREE = ("out device compile loaders log_every save_every keep_every restart benchmark accumulate "
-        "items items_audio").split()
+FREE = ("out device compile loaders log_every save_every keep_every restart accumulate items "
+        "items_audio").split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -694,54 +691,6 @@ def show(script, *arguments):
                           preexec_fn=lambda: spidr.die_with_parent(signal.SIGTERM))
     if done.returncode:
         sys.exit(done.returncode)
-
-
-# ======== benchmark ========
-
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, by the data sheets
-
-
-def flops(c, batch, samples):
-    """Floating-point operations in the products of a training step: forward and, of what is
-    trained, twice that backward; the teacher forward alone."""
-    channels, T, front = 1, samples, 0
-    for out, kernel, stride in c.conv_layers:
-        T = (T - kernel) // stride + 1
-        front, channels = front + 2 * T * kernel * channels * out, out
-    front += 2 * T * channels * c.dim
-    positional = 2 * T * c.pos_depth * (c.pos_kernel // c.pos_depth) * c.dim**2 // c.pos_groups
-    products = 2 * T * (4 * c.dim**2 + 2 * c.dim * c.ffn) + 4 * T * T * c.dim
-    transformer = positional + c.layers * products
-    heads = 2 * (T // 2) * c.codebooks * c.dim * c.codewords  # at half of the frames
-    return batch * (3 * (front + transformer + heads) + transformer + heads)
-
-
-def benchmark(o, model, place):
-    """Steps on random audio, as many of the longest crops as a micro-batch holds; a JSON line."""
-    batch = -(-o.batch_samples // o.max_samples)
-    samples = o.batch_samples // batch // o.crop_multiple * o.crop_multiple or o.max_samples
-    frames = spidr.num_frames(samples, model.config)
-    mask = data.make_mask(batch, frames, np.random.default_rng(0), o.mask_prob, o.mask_span)
-    wav = torch.randn(batch, samples, device=place.device)
-    micro_batches = [{"wav": wav, "mask": torch.from_numpy(mask)}] * o.accumulate
-    optimizer, times, on_gpu = make_optimizer(model.train(), o), [], place.device.type == "cuda"
-    for step in range(1, o.benchmark + 4):
-        began = time.perf_counter()
-        train_step(model, optimizer, micro_batches, step, o.lr, o, place)
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    seconds = float(np.median(times[3:]))  # the first three warm up
-    work = flops(model.config, batch, samples) * o.accumulate
-    audio = batch * samples * o.accumulate * place.world / data.SAMPLE_RATE
-    record = {"steps_per_s": 1 / seconds, "audio_s_per_s": audio / seconds,
-              "tflop_per_step": work / 1e12, "batch": [batch, samples], "ranks": place.world}
-    if on_gpu:
-        name = torch.cuda.get_device_name(place.device)
-        record |= {"device": name, "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-        record |= {"mfu": work / seconds / peak for part, peak in PEAK.items() if part in name}
-    if place.first:
-        print(json.dumps(record))
 
 
 if __name__ == "__main__":

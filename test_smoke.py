@@ -1367,3 +1367,10 @@ def test_each_experiment_runs(cli, small_presets, monkeypatch):
     experiments.table(0, [0, 10], ["sl-foblo"])
     for name in "labels layers batch grid far maml follow draw".split():
         getattr(experiments, name)(0)
+
+
+def test_a_step_is_timed(cli, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "assets")
+    speed = importlib.import_module("speed")
+    status, out, err = cli(speed, "tiny:1x1", "--rounds", 1, "--steps", 1)
+    assert status == 0 and re.search(r"\n\| tiny, 1 x 1 s \| [\d.]+ \|", out), (out, err)
