@@ -323,7 +323,7 @@ def read_audio(path, start=0, samples=None):
             if samples is not None:
                 count = math.ceil((start + samples + margin - first) / new) * old
             file.seek(min(first // new * old, file.frames))
-            wav = torch.from_numpy(file.read(count, dtype="float32", always_2d=True).mean(1))
+            wav = torch.from_numpy(file.read(count, dtype="float32", always_2d=True)).mean(1)
     except UNREADABLE as error:
         raise InputError(str(error)) from None
     wav = resampler(rate)(wav) if len(wav) else wav

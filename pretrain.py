@@ -75,7 +75,7 @@ class StageOptions(RunOptions):
     """What every stage has: batches of masked audio."""
 
     toy: str = option("runs/toy", "where the toy world is written")
-    loaders: int = option(2, "processes that read audio, for each rank")
+    loaders: int = option(6, "processes that read audio, for each rank")
     compile: bool = option(False, "torch.compile")
     batch_samples: int = option(3_800_000, "most samples in a micro-batch (237.5 s)")
     max_samples: int = option(320_000, "longest crop (20 s)")
