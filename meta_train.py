@@ -155,14 +155,14 @@ def fit_heads(heads, inputs, labels, o, team):
     """SGD on each head's cross-entropy over all frames of the worker: [K, M, D], [K, M]."""
     frames = torch.tensor(float(labels.shape[1]), device=inputs.device)
     frames = all_sum([frames], team.group)[0].clamp(min=1)
+    weights = list(heads.parameters())
     with full_precision(inputs.device):
         for _ in range(o.refit_steps):
-            for head, x, y in zip(heads, inputs, labels):
-                weights = list(head.parameters())
-                loss = F.cross_entropy(head(x), y, reduction="sum") / frames
-                gradients = all_sum(list(torch.autograd.grad(loss, weights)), team.group)
-                for p, gradient in zip(weights, gradients):
-                    p.data.sub_(o.refit_lr * gradient)  # (11)
+            loss = sum(F.cross_entropy(head(x), y, reduction="sum") / frames
+                       for head, x, y in zip(heads, inputs, labels))
+            gradients = all_sum(list(torch.autograd.grad(loss, weights)), team.group)
+            for p, gradient in zip(weights, gradients):
+                p.data.sub_(o.refit_lr * gradient)  # (11)
 
 
 # ======== MAdaPT: (8) FOBLO and (9) Reptile ========

@@ -648,7 +648,7 @@ def test_forgetting_and_the_refit_of_the_released_implementation():
 
     head, inputs = classifier(6, 4).output_layer, s(300, 0).view(1, 50, 6)
     labels, o = (7 * torch.arange(50) % 4)[None], meta_train.Options()
-    meta_train.fit_heads([head], inputs, labels, o, ONE)
+    meta_train.fit_heads(torch.nn.ModuleList([head]), inputs, labels, o, ONE)
     near(head.weight[0, :3].tolist(), [-0.010728472844, 0.326702862978, 0.619916558266])
     near(head.bias.tolist(), [0.12869438529, 0.409635454416, 0.556389689445, 0.836882352829])
 
