@@ -1,4 +1,4 @@
-"""The experiments behind README's "Results", and their pictures.
+"""The experiments behind findings.md, beside this file, and their pictures.
 
     python assets/experiments.py table --seed 0  # or labels, layers, batch, grid, far, maml, follow
     python assets/experiments.py draw            # assets/results/README.md, assets/*.svg
