@@ -48,8 +48,8 @@ def theirs(preset, wav, masked, o, place):
     kind = "bfloat16" if place.device.type == "cuda" else "float32"
     optimizer, scaler, schedule = build_optimizer(model, OptimizerConfig(dtype=kind))
     indices = masked.nonzero()[:, 1].view(len(masked), -1).to(place.device)  # [B, M]
-    if o.compile:
-        model.compile(dynamic=True)
+    if o.compile:  # without this option torch 2.11 fails on a GPU, as in pretrain.to_device
+        model.compile(dynamic=True, options={"triton.coalesce_tiling_analysis": False})
 
     def step(i):
         with pretrain.autocast(o, place):
