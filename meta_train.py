@@ -329,7 +329,7 @@ def main():
     torch.manual_seed(o.seed)
     model, inventory = initial_model(o)
     pretrain.check_options(o, model.config)
-    if o.method == "maml" or o.measure:  # what is faster on a CPU has no second derivative
+    if o.method == "maml" or o.measure:  # StridedConv has no second derivative
         model.to(place.device)
     else:
         pretrain.to_device(model, o, place)

@@ -639,46 +639,50 @@ def start_sum(tensors, group):
     return finish
 
 
-def backward(loss, model, group, last=True):
-    """loss.backward(), and after the last micro-batch of a step the gradients are summed over the
-    ranks of a group. When the backward pass comes to a layer, it is done with those above. These
-    are sent while it goes on, so that most of the messages cost no time."""
+def backward_and_sum(loss, model, group, last=True):
+    """loss.backward(). After the last micro-batch of a step the gradients are also summed over the
+    ranks of a group. The backward pass goes from the heads down. When it reaches a layer, all
+    gradients above are complete, and are sent while it goes on."""
     if alone(group) or not last:
         return loss.backward()
     top = *model.heads.parameters(), *model.supervised_classifiers.parameters()
     parts = [top, *(list(layer.parameters()) for layer in reversed(model.student.layers))]
-    known = {p for part in parts for p in part}
-    parts.append([p for p in model.parameters() if p not in known])
+    placed = {p for part in parts for p in part}
+    parts.append([p for p in model.parameters() if p not in placed])
     sums = []  # of the parts that are sent
 
-    def come_to(number):
+    def send_above(number):
         if number < len(sums):
             raise RuntimeError("a gradient came after those of its part were sent")
         for part in parts[len(sums) : number]:
             gradients = [p.grad for p in part if p.grad is not None]
             sums.append(start_sum(gradients, group) if gradients else lambda: None)
 
-    hooks = [p.register_post_accumulate_grad_hook(lambda _, number=number: come_to(number))
+    hooks = [p.register_post_accumulate_grad_hook(lambda _, number=number: send_above(number))
              for number, part in enumerate(parts) for p in part if p.requires_grad]
-    loss.backward()
-    come_to(len(parts))
+    try:
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    send_above(len(parts))
     for finish in sums:
         finish()
-    for hook in hooks:
-        hook.remove()
 
 
 # ======== faster convolutions ========
 
 
 def faster(model):
-    """The same model with the same parameters, whose convolutions run as CPUs and GPUs like them,
-    in a process that keeps its memory."""
-    with contextlib.suppress(OSError, AttributeError):  # only Linux' malloc has these switches
-        # Large blocks would go back to the system at once, to be fetched again page by page.
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: no block is given back
-    if torch.cuda.is_available() or torch.backends.mkldnn.is_available():
+    """The same model with the same parameters, whose convolutions run as its device likes them; on
+    a CPU also in a process that keeps its memory."""
+    on_cpu = model.mask_embedding.device.type == "cpu"
+    if on_cpu:
+        with contextlib.suppress(OSError, AttributeError):  # only Linux' malloc has these switches
+            # Large blocks would go back to the system at once, to be fetched again page by page.
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: no block is given back
+    if not on_cpu or torch.backends.mkldnn.is_available():
         for module in model.modules():
             if type(module) is nn.Conv1d:
                 module.__class__ = FasterConv1d

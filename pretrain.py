@@ -42,7 +42,7 @@ import torch.distributed as dist
 
 import data
 import model as spidr
-from model import Config, InputError, SpidR, all_sum, backward, barrier, option, require
+from model import Config, InputError, SpidR, all_sum, backward_and_sum, barrier, option, require
 
 # ======== options ========
 
@@ -135,7 +135,8 @@ def train_step(model, optimizer, micro_batches, step, lr, o, place, layer=0):
                     wav, batch["mask"], phones, batch["language"], layer)  # (7)
             else:
                 loss, part = model(wav, batch["mask"])  # (1) to (4)
-        backward(loss * part["frames"], model, place.group, last=i == len(micro_batches))
+        backward_and_sum(
+            loss * part["frames"], model, place.group, last=i == len(micro_batches))
         stats = {name: stats.get(name, 0) + value for name, value in part.items()}
     all_sum(list(stats.values()), place.group)
     gradients = [p.grad for p in trained(optimizer) if p.grad is not None]
@@ -250,7 +251,8 @@ SCHEDULE = {"warmup_steps", "hold_steps", "decay_steps", "freeze_step"}
 # No number is negative, and these are not 0.
 POSITIVE = ("steps accumulate log_every save_every crop_multiple mask_span lr clip eps workers "
             "updates inner_steps").split()
-# What may change when a run resumes: it computes the same, but for rounding and dropout.
+# What may change when a run resumes: it computes the same, but for rounding and dropout. (If
+# compiled, weight decay also shrinks the norm behind the last layer, which nothing reads.)
 FREE = ("out device compile loaders log_every save_every keep_every restart accumulate items "
         "items_audio").split()
 
@@ -369,17 +371,19 @@ def to_device(model, o, place):
     model.to(place.device)
     spidr.faster(model)
     if o.compile:
-        # Layers of the same shapes share their code. There is a graph for each of: the first shape,
-        # all others, a batch of one, no-grad, frozen. After eight torch would not compile any more.
+        # Layers of the same shapes share their code. There is a graph for each combination of: the
+        # first shape or any other, a batch of one or more, with or without gradient. After eight
+        # torch would not compile any more.
         torch._dynamo.config.recompile_limit = 64
+        options = {
+            # By default the backward pass writes GELU's input, in float32, to read it back.
+            "realize_reads_threshold": 8,
+            # Fails (torch 2.11, on GPUs) once the batch's size and its length have varied.
+            "triton.coalesce_tiling_analysis": False}
         for part in model.modules():
             if isinstance(part, (spidr.Downsampler, spidr.PositionalConv, spidr.Layer)):
-                part.compile(options={
-                    # By default the backward pass writes GELU's input, in float32, to read it back.
-                    "realize_reads_threshold": 8,
-                    # Fails (torch 2.11, on GPUs) once the batch's size and its length have varied.
-                    "triton.coalesce_tiling_analysis": False})
-        model.targets = torch.compile(model.targets)
+                part.compile(options=options)
+        model.targets = torch.compile(model.targets, options=options)
 
 
 # ======== model, optimizer, data ========

@@ -216,7 +216,8 @@ def batch(seed):
         run("pretrain.py", "--seed", seed, "--out", out, "--lr", rate,
             "--batch-samples", seconds * 16_000)
         key = {"seed": seed, "seconds": seconds, "lr": rate}
-        discover("batch", key | last(out, "target_ppl"), out)
+        found = last(out, "loss", "target_ppl", "grad_norm", "phone_accuracy")
+        discover("batch", key | found, out)
 
 
 # ======== the grid of FOBLO ========
@@ -384,7 +385,7 @@ languages, and of these mean ± standard deviation (number of seeds)."""
 MEASURES = ["features across", "units across", "pnmi", "per", "f1", "r_value"]
 TABLES = {  # columns that tell the rows apart, and the others
     "labels": ("seconds then", MEASURES[:3] + ["phone_accuracy"]),
-    "batch": ("seconds lr", MEASURES[:3] + ["target_ppl"]),
+    "batch": ("seconds lr", MEASURES[:3] + ["loss", "target_ppl", "grad_norm", "phone_accuracy"]),
     "grid": ("beta inner_steps decay", MEASURES[:3] + ["target_ppl"]),
     "maml": ("inner_steps way", ["seconds", "peak_memory_gib", "cosine"]),
     "layers": ("start objective codebook", ["target_ppl", "active", "changed"]),

@@ -5,9 +5,9 @@
     python assets/speed.py base:12x19.8 --compile                    # on a GPU
     torchrun --nproc_per_node=16 assets/speed.py base:12x19.8 --compile        # ours, on 16
 
-Prints a line of README's "Speed" for each shape: medians of the seconds of a step, and the median
-of the ratios of neighbours in time with the smallest and the largest; on a GPU also its memory's
-peak, and the share of its peak of bfloat16 operations that the step's matrix products are.
+Prints a line of README's "Speed" for each shape: seconds of a step, medians over rounds; the ratio,
+a median too, in brackets the smallest and the largest; on a GPU also the peak of memory, and the
+matrix products of our step as a share of the GPU's bfloat16 peak.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import pretrain
 
 
 def ours(preset, wav, masked, o, place):
-    """A function that takes the training step of a number."""
+    """A function of i that makes training step i."""
     torch.manual_seed(0)
     model = spidr.SpidR(spidr.Config(**spidr.PRESETS[preset])).train()
     pretrain.to_device(model, o, place)
