@@ -639,7 +639,7 @@ def start_sum(tensors, group):
     return finish
 
 
-def backward_and_sum(loss, model, group, last=True):
+def backward_and_sum(loss, model, group, last):
     """loss.backward(). After the last micro-batch of a step the gradients are also summed over the
     ranks of a group. The backward pass goes from the heads down. When it reaches a layer, all
     gradients above are complete, and are sent while it goes on."""

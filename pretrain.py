@@ -135,8 +135,8 @@ def train_step(model, optimizer, micro_batches, step, lr, o, place, layer=0):
                     wav, batch["mask"], phones, batch["language"], layer)  # (7)
             else:
                 loss, part = model(wav, batch["mask"])  # (1) to (4)
-        backward_and_sum(
-            loss * part["frames"], model, place.group, last=i == len(micro_batches))
+        last = i == len(micro_batches)
+        backward_and_sum(loss * part["frames"], model, place.group, last)
         stats = {name: stats.get(name, 0) + value for name, value in part.items()}
     all_sum(list(stats.values()), place.group)
     gradients = [p.grad for p in trained(optimizer) if p.grad is not None]

@@ -296,7 +296,7 @@ def test_faster_is_the_same(norm):
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append({**stats, **gradients})
     assert spidr.FasterConv1d in map(type, model.modules()) and len(gradients) > 40
-    on_a_gpu = torch.nn.Conv1d(4, 6, 3, 2, padding=1)  # takes the same lines as any there
+    on_a_gpu = torch.nn.Conv1d(4, 6, 3, 2, padding=1)  # takes the branch of those on a GPU
     x = torch.randn(1, 4, 20)
     expected = on_a_gpu(x)
     on_a_gpu.__class__ = spidr.FasterConv1d
@@ -1364,7 +1364,7 @@ def test_each_experiment_runs(cli, small_presets, monkeypatch):
         return out
 
     for name, value in (("run", run), ("GRID", [[1]] * 3), ("BATCHES", [[4], [1e-3]]),
-                        ("INNER", [1]), ("FOLLOW", ([1], [("foblo", 1, 1)])),
+                        ("INNER", [1]), ("FOLLOW", ([1], [("foblo", 1, 1), ("maml", 1, 1)])),
                         ("AMOUNTS", [10])):
         monkeypatch.setattr(experiments, name, value)
     monkeypatch.setattr(data, "FAR", ["qxan"])
@@ -1379,3 +1379,6 @@ def test_a_step_is_timed(cli, monkeypatch):
     speed = importlib.import_module("speed")
     status, out, err = cli(speed, "tiny:1x1", "--rounds", 1, "--steps", 1)
     assert status == 0 and re.search(r"\n\| tiny, 1 x 1 s \| [\d.]+ \|", out), (out, err)
+    for shape in "tiny", "huge:1x1", "tiny:0x1", "tiny:1x0.01":
+        code, _, err = cli(speed, shape)
+        assert code == 2 and shape in err and err.count("\n") == 1, err

@@ -12,6 +12,7 @@ matrix products of our step as a share of the GPU's bfloat16 peak.
 
 import argparse
 import dataclasses
+import re
 import sys
 import time
 from importlib.util import find_spec
@@ -66,12 +67,16 @@ def theirs(preset, wav, masked, o, place):
     return step
 
 
-def batch_of(preset, size, seconds, device):
-    """Noise, and a mask of half of each recording's frames."""
-    wav = torch.randn(size, round(seconds * 16_000), device=device)
-    frames = spidr.num_frames(wav.shape[1], spidr.Config(**spidr.PRESETS[preset]))
+def batch_of(shape, device):
+    """The preset of a shape; noise; a mask of half of each recording's frames."""
+    match, frames = re.fullmatch(rf"({'|'.join(spidr.PRESETS)}):(\d+)x(\d+\.?\d*)", shape), 0
+    if match:
+        preset, size, samples = match[1], int(match[2]), round(float(match[3]) * 16_000)
+        frames = spidr.num_frames(samples, spidr.Config(**spidr.PRESETS[preset]))
+    spidr.require(frames >= 2 and size >= 1, f"{shape}: preset:batch x seconds, such as base:2x5")
     some = torch.rand(size, frames).argsort(1)[:, : frames // 2]
-    return wav, torch.zeros(size, frames, dtype=torch.bool).scatter_(1, some, True)
+    mask = torch.zeros(size, frames, dtype=torch.bool).scatter_(1, some, True)
+    return preset, torch.randn(size, samples, device=device), mask
 
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bfloat16, by the data sheets
@@ -93,9 +98,7 @@ def flops(c, batch, samples):
 
 
 def compare(shape, makers, o, place, rounds, steps):
-    preset, _, size = shape.partition(":")
-    size, seconds = size.split("x")
-    wav, masked = batch_of(preset, int(size), float(seconds), place.device)
+    preset, wav, masked = batch_of(shape, place.device)
     on_gpu, made, peak, times = place.device.type == "cuda", {}, {}, {name: [] for name in makers}
 
     def run(name, first, count):
@@ -116,7 +119,8 @@ def compare(shape, makers, o, place, rounds, steps):
     for i in range(rounds):
         for name in made:
             times[name].append(run(name, 4 + i * steps, steps))
-    cells = [f"{preset}, {size} x {seconds} s", *(f"{median(t):.3g}" for t in times.values())]
+    name = shape.replace(":", ", ").replace("x", " x ")
+    cells = [f"{name} s", *(f"{median(t):.3g}" for t in times.values())]
     if len(times) == 2:
         ratios = sorted(b / a for a, b in zip(*times.values()))
         cells.append(f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
@@ -130,7 +134,7 @@ def compare(shape, makers, o, place, rounds, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = pretrain.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+", help="such as base:2x5")
     parser.add_argument("--device", default="", help="unless given the best there is")
