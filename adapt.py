@@ -266,10 +266,11 @@ def audio_rows(o, place):
     path = o.audio
     if not path:
         pretrain.make_toy(o, place, "target")
-        o.language = o.language or data.TARGETS[0]
+        from extras.toy import TARGETS
+        o.language = o.language or TARGETS[0]
         path = Path(o.toy) / "target" / f"{o.language}.csv"
         require(path.exists(), f"--language {o.language}: the toy world's new ones are "
-                f"{', '.join(data.TARGETS)}")
+                f"{', '.join(TARGETS)}")
     rows = pretrain.read_rows(path, o)
     if o.language:
         rows = [row for row in rows if row.language == o.language]
@@ -297,7 +298,8 @@ def score(o, place, when, run):
         return
     items, audio = o.items, o.items_audio or o.audio
     if not items:
-        data.toy(o.toy, ["eval"])
+        from extras.toy import toy
+        toy(o.toy, ["eval"])
         items = Path(o.toy) / "eval" / f"{o.language}.item"
         audio = items.with_suffix(".csv")
     pretrain.show(

@@ -1,8 +1,6 @@
 """Evaluation: features and units, ABX, the quality of units, and a language model on units.
 (SpidR, arXiv 2512.20308; ZeroSpeech 2021; phoneme discovery: DiscoPhon, arXiv 2603.18612.)
 
-    python evaluate.py                          the report: the newest runs on the toy world
-    python evaluate.py toy RUN [RUN ...]        a short table: ABX of these runs on the toy world
     python evaluate.py features --model M --audio A --out FOLDER [--layer L]
     python evaluate.py units    --model M --audio A --out U.jsonl [--layer L]
     python evaluate.py abx      --items X.item (--model M --audio A | --features FOLDER)
@@ -10,8 +8,6 @@
     python evaluate.py discophon --model M --data DISCOPHON --out FOLDER [--languages deu,swa]
     python evaluate.py lm       --units U.jsonl --out LM
     python evaluate.py swuggy | sblimp | tsc | ssc  --lm LM --model M --data FOLDER
-    python evaluate.py compare  RUN [RUN ...]   adapted runs side by side
-    python evaluate.py look     --model M --audio A [--alignments P.csv]    a page to see and hear
 
 `features` writes what a layer makes of each recording, [T, D], and `units` the codewords that its
 head predicts, [T], both at 50 Hz; frame i stands at (i + 1/2) / 50 s. `abx` asks whether a token of
@@ -27,18 +23,13 @@ another one's.
 """
 
 import argparse
-import base64
 import csv
 import hashlib
-import html
-import io
 import itertools
 import json
 import math
 import os
-import struct
 import sys
-import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,7 +39,6 @@ from statistics import fmean
 from typing import Callable, NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -690,6 +680,12 @@ def write_outputs(args):
     print(f"{len(rows)} files, layer {layer} of {encoder.name}, {RATE} Hz: {out}")
 
 
+def units_of(rows, encoder, layer=None):
+    """{fileid: units [T]} of a layer."""
+    found = extract(rows, encoder, [encoder.layer(layer, units=True)], units=True)
+    return {file: units.numpy() for file, (units,) in found}
+
+
 def about(encoder, layer):
     return dict(model=encoder.name, hash=encoder.hash, layer=layer, frame_rate=RATE)
 
@@ -1080,45 +1076,6 @@ def run_pairs(args):
     return results
 
 
-# ======== the verb toy, and the report ========
-
-
-def toy_table(toy, encoders, layer=None, every=False):
-    """ABX on the toy world, a few tokens a cell, of one layer that is fixed beforehand, or of every
-    layer. -> {encoder: [layers, 4]}: the mean of the unseen languages within and across speakers,
-    then a seen language within and across."""
-    print_row("ABX error, %", "layer", "unseen within", "unseen across", "seen within",
-              "seen across")
-    tables = {}
-    for name, encoder in encoders.items():
-        layers, errors = [encoder.layer(layer if encoder.codebooks else None)], []
-        if every:
-            layers = range(1, encoder.layers + 1)
-        for language in [*data.TARGETS, data.EVAL_SOURCES[0]]:
-            rows = data.read_manifest(toy / "eval" / f"{language}.csv")
-            found, items = dict(extract(rows, encoder, layers)), toy / "eval" / f"{language}.item"
-            errors.append([])
-            for n in range(len(layers)):
-                features = {file: outputs[n] for file, outputs in found.items()}
-                errors[-1].append([abx(features, items, speaker, max_size_group=5, max_x_across=2)
-                                   for speaker in ("within", "across")])
-        tables[name] = np.hstack([np.mean(errors[:-1], 0), errors[-1]])
-        for number, line in zip(layers, tables[name]):
-            print_row(name, number, *line)
-    return tables
-
-
-def toy_encoders(runs):
-    """MFCC, if torchaudio loads, and the runs {name: folder}."""
-    encoders = {}
-    try:
-        data.import_torchaudio("the MFCC baseline")
-        encoders["mfcc"] = load_encoder("mfcc")
-    except InputError as error:
-        print(error)
-    return encoders | {name: load_encoder(run) for name, run in runs.items()}
-
-
 def read_json(path):
     try:
         return json.loads(path.read_text())
@@ -1128,294 +1085,6 @@ def read_json(path):
 
 def options_of(run):
     return read_json(Path(run, "config.json")).get("options", {})
-
-
-def run_toy(args):
-    toy = options_of(args.runs[0]).get("toy")
-    require(toy, f"{args.runs[0]}: its config.json names no toy world")
-    data.toy(toy, ["eval"])
-    toy_table(Path(toy), toy_encoders({run: run for run in args.runs}), args.layer)
-
-
-def newest_runs():
-    """{stage: folder} of each stage's newest run on the toy world that has weights."""
-    found = dict.fromkeys(("pretrain", "meta", "adapt"))
-    for path in sorted(Path("runs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime):
-        o = options_of(path.parent)
-        if o.get("toy") and not o.get("manifest") and not o.get("audio"):
-            stage = "adapt" if "budget" in o else "meta" if "method" in o else "pretrain"
-            found[stage] = path.parent
-    runs = {f"{stage}: {run}": run for stage, run in found.items() if run}
-    require(runs, "runs: no run on the toy world; 'python pretrain.py' makes one")
-    return runs
-
-
-def report():
-    """Without a verb: the newest run of each stage on the toy world, as a page. The first time it
-    trains a language model too, on the units of the first of them."""
-    runs, language = newest_runs(), data.LM_LANGUAGE
-    name, run = next(iter(runs.items()))
-    toy = data.toy(options_of(run)["toy"], ["eval", "lm"])
-    torch.manual_seed(options_of(run)["seed"])
-    fresh = spidr.SpidR(spidr.read_config(run / "config.json")).eval()
-    encoders = {"untrained": spidr_encoder("untrained", fresh)} | toy_encoders(runs)
-    tables = toy_table(toy, encoders, every=True)
-
-    print(f"\nquality of units, {language}")
-    rows = data.read_manifest(toy / "eval" / f"{language}.csv")
-    phones, found = read_phones(toy / "eval" / f"{language}_alignments.csv"), {}
-    for key, encoder in encoders.items():
-        if encoder.codebooks:
-            found[key] = quality(units_of(rows, encoder), phones, encoder.codewords)
-            print(key, *(f"{measure} {x:.3g}" for measure, x in found[key].items()))
-
-    units, lm = (f"runs/{kind}_{encoders[name].hash}" for kind in ("units", "lm"))
-    if not Path(units).exists():
-        audio = str(toy / "lm" / "train.csv")
-        write_outputs(parse(["units", "--model", str(run), "--audio", audio, "--out", units]))
-    train_lm(["--preset", "tiny", "--units", units, "--out", lm])
-    pairs = {}
-    for task in "swuggy", "sblimp", "tsc":
-        where = ["--model", str(run), "--data", str(toy / "lm" / TASKS[task][0])]
-        pairs[task] = run_pairs(parse([task, "--lm", lm, *where]))
-    results = dict(abx={name: table.tolist() for name, table in tables.items()},
-                   quality=found, pairs=pairs)
-    write_json("runs/report.json", results)
-    write_page("runs/report.html", report_parts(runs, encoders, toy, results))
-    print("\nruns/report.json, runs/report.html: open it in a browser")
-
-
-def report_parts(runs, encoders, toy, results):
-    """The report as pieces of HTML."""
-    across = {name: [line[1] for line in table] for name, table in results["abx"].items()}
-    untrained, deepest = across.pop("untrained"), max(map(len, across.values()))
-    lines = {name: [*enumerate(np.resize(errors, deepest), 1)]  # MFCC is a level line
-             for name, errors in across.items()}
-    parts = ["<h1>What came of the runs</h1>", plot("ABX error across speakers, unseen languages, "
-                                                    "by layer", lines)]
-    for key in "loss", "target_ppl", "phone_accuracy":
-        curves = {}
-        for name, run in runs.items():
-            records = map(json.loads, open(run / "metrics.jsonl"))
-            curves[name] = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-        parts.append(plot(f"{key}, by step", {name: line for name, line in curves.items() if line}))
-    parts.append(f"<p>The untrained network errs on {min(untrained):.0f} to {max(untrained):.0f}% "
-                 "of the triples; chance is 50%.</p><h2>An utterance of a language that was not in "
-                 "the training</h2>")
-    language = data.TARGETS[0]
-    rows = data.read_manifest(toy / "eval" / f"{language}.csv")
-    phones = read_phones(toy / "eval" / f"{language}_alignments.csv")
-    shortest = min(rows, key=lambda row: row.num_samples)
-    models = {name: encoder for name, encoder in encoders.items() if encoder.codebooks}
-    parts.append(utterance(shortest, models, phones[shortest.fileid]))
-    *_, (name, encoder) = models.items()
-    parts += [f"<h2>What units the phones of {language} become</h2><p>{html.escape(name)}, layer "
-              f"{encoder.layer(units=True)}; a full square: always.</p>",
-              heat_map(units_of(rows, encoder), phones)]
-    measures = [*next(iter(results["quality"].values()))]
-    parts += [f"<h2>Quality of units, {data.LM_LANGUAGE}</h2>",
-              html_table(["", *measures], [[name, *found.values()]
-                                           for name, found in results["quality"].items()]),
-              "<h2>A language model on the units: accuracy, %</h2>",
-              html_table(["", "all pairs"], [[task, found["all"]["accuracy"]]
-                                             for task, found in results["pairs"].items()])]
-    return parts
-
-
-def run_look(args):
-    """A page of some recordings: to see and to hear what the units are."""
-    encoder = load_encoder(args.model)
-    rows = data.read_manifest(args.audio)
-    phones = read_phones(args.alignments) if args.alignments else {}
-    parts = [f"<h1>{html.escape(args.model)}, layer {encoder.layer(args.layer, units=True)}</h1>"]
-    for row in rows[:5]:
-        parts += [f"<h2>{html.escape(row.fileid)}</h2>",
-                  utterance(row, {"": encoder}, phones.get(row.fileid), args.layer)]
-    if phones:
-        units = units_of([row for row in rows if row.fileid in phones], encoder, args.layer)
-        parts += ["<h2>What units the phones become</h2>", heat_map(units, phones)]
-    write_page(args.out or "look.html", parts)
-    print(f"{args.out or 'look.html'}: open it in a browser")
-
-
-def units_of(rows, encoder, layer=None):
-    """{fileid: units [T]} of a layer."""
-    found = extract(rows, encoder, [encoder.layer(layer, units=True)], units=True)
-    return {file: units.numpy() for file, (units,) in found}
-
-
-# ======== a page to look at and to listen to ========
-
-STYLE = """<meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>nanoSpidR</title><style>
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
-body { max-width: 1100px; margin: auto; padding: 1em }
-svg { overflow: visible; font-size: 11px; fill: currentColor; margin: 14px }
-svg path, svg polyline { fill: none; stroke: currentColor }
-.wide { overflow-x: auto } audio { display: block; margin: 8px 0 }
-td, th { padding: 0 1em 0 0; text-align: left; font-variant-numeric: tabular-nums }
-@media (prefers-color-scheme: dark) { image { filter: invert(1) } }
-</style>"""
-COLOURS = "#4477dd #cc6633 #339955 #aa44aa #888888 #cc4466".split()
-
-
-def png(picture):
-    """A picture [H, W] of numbers from 0 (white) to 1 (black), as a data URL."""
-    height, width = picture.shape
-    lines = (255 * (1 - picture)).astype(np.uint8)
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)  # 8 bits of grey
-    pixels = zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines))
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, part in (b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""):
-        checksum = zlib.crc32(kind + part)
-        content += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", checksum)
-    return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
-def spectrogram(wav):
-    """[N] -> [128, T] from 0 to 1: 60 decibels, 0 to 8 kHz, a column every 5 ms."""
-    power = torch.stft(wav, 512, 80, 400, torch.hann_window(400), return_complex=True).abs()
-    decibel = 20 * torch.log10(power + 1e-5)
-    decibel = (decibel - decibel.max()).clamp(-60, 0).flip(0)[1:]
-    return (1 + decibel.reshape(128, 2, -1).mean(1) / 60).numpy()
-
-
-def sound(wav):
-    file, wav = io.BytesIO(), 0.9 * wav / wav.abs().max()
-    soundfile.write(file, wav.numpy(), data.SAMPLE_RATE, format="WAV")
-    source = base64.b64encode(file.getvalue()).decode()
-    return f'<audio controls src="data:audio/wav;base64,{source}"></audio>'
-
-
-def lane(labels, seconds, y, scale):
-    """A row of boxes, one for each run of equal labels, of which each lasts `seconds`."""
-    shapes, at = [], 0.0
-    for label, run in itertools.groupby(labels):
-        width = scale * seconds * len([*run])
-        hue = zlib.crc32(str(label).encode()) % 360  # the same label, the same colour
-        shapes.append(f'<rect x="{at:.1f}" y="{y}" width="{width:.1f}" height="18" stroke-width='
-                      f'"0.3" stroke="currentColor" fill="hsl({hue} 60% 50% / 0.35)"/>')
-        if width > 7 * len(str(label)):
-            shapes.append(f'<text x="{at + width / 2:.1f}" y="{y + 13}" text-anchor="middle">'
-                          f'{html.escape(str(label))}</text>')
-        at += width
-    return shapes
-
-
-def utterance(row, encoders, phones=None, layer=None, scale=200, most=20):
-    """A recording to listen to, at most 20 s of it; below its spectrogram its phones, if they are
-    known, and the units that each model makes of it. A second is `scale` pixels wide."""
-    wav, lanes = read_recording(row)[: most * data.SAMPLE_RATE], {}
-    if phones:
-        lanes["phones"] = phones[: most * 100], 0.01
-    for name, encoder in encoders.items():
-        number = encoder.layer(layer, units=True)
-        units = encoder.units(wav)[number - encoder.layers - 1].tolist()
-        lanes[f"{name} units of layer {number}".strip()] = units, 1 / RATE
-    width = scale * len(wav) / data.SAMPLE_RATE
-    shapes = [f'<image href="{png(spectrogram(wav))}" width="{width:.0f}" height="128" '
-              'preserveAspectRatio="none"/>']
-    for i, (name, (labels, seconds)) in enumerate(lanes.items()):
-        shapes += [f'<text x="0" y="{154 + 42 * i}">{html.escape(name)}</text>']
-        shapes += lane(labels, seconds, 158 + 42 * i, scale)
-    size = f'width="{width:.0f}" height="{150 + 42 * len(lanes)}"'
-    return f'{sound(wav)}<div class="wide"><svg {size}>{"".join(shapes)}</svg></div>'
-
-
-def plot(title, lines):
-    """Curves {name: [(x, y)]} with axes and ticks at round numbers."""
-    points = np.array([point for line in lines.values() for point in line] or [(0, 0)], float)
-    (x0, y0), (x1, y1) = points.min(0), np.maximum(points.max(0), points.min(0) + 1e-9)
-    shapes = [f'<text y="-6">{title}</text><path d="M0 0V160H280"/>']
-    for value in ticks(x0, x1):
-        shapes.append(f'<text x="{280 * (value - x0) / (x1 - x0):.0f}" y="175" '
-                      f'text-anchor="middle">{value:g}</text>')
-    for value in ticks(y0, y1):
-        shapes.append(f'<text x="-4" y="{164 - 160 * (value - y0) / (y1 - y0):.0f}" '
-                      f'text-anchor="end">{value:g}</text>')
-    for i, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        drawn = " ".join(f"{280 * (x - x0) / (x1 - x0):.1f},{160 - 160 * (y - y0) / (y1 - y0):.1f}"
-                         for x, y in line)
-        shapes.append(f'<polyline points="{drawn}" style="stroke:{colour};stroke-width:2"/>'
-                      f'<text y="{192 + 14 * i}" style="fill:{colour}">{html.escape(name)}</text>')
-    return f'<svg width="310" height="{190 + 14 * len(lines)}">{"".join(shapes)}</svg>'
-
-
-def ticks(low, high):
-    """Some four round numbers from low to high."""
-    step = 10.0 ** math.floor(math.log10((high - low) / 2))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5)
-    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
-
-
-def heat_map(units, phones, size=14):
-    """The share of each phone that becomes each unit; units stand in the order of their phones."""
-    names, tracks = labelled_tracks(units, phones)
-    table = count_table(tracks, names)
-    shares = table / table.sum(1, keepdims=True).clip(1)
-    used = np.flatnonzero(table.sum(0))
-    order = used[np.lexsort((-shares.max(0)[used], shares.argmax(0)[used]))]
-    shapes = []
-    for p, phone in enumerate(map(html.escape, names)):
-        shapes.append(f'<text x="-4" y="{size * p + 11}" text-anchor="end">{phone}</text>')
-        for v, unit in enumerate(order):
-            share = shares[p, unit]
-            shapes.append(f'<rect x="{size * v}" y="{size * p}" width="{size}" height="{size}" '
-                          f'fill-opacity="{share:.2f}"><title>{phone}, unit {unit}: {share:.0%}'
-                          '</title></rect>' if share > 0.005 else "")
-    size = f'width="{size * len(order)}" height="{size * len(names)}"'
-    return (f'<div class="wide"><svg style="margin-left:40px" {size}>{"".join(shapes)}</svg></div>')
-
-
-def write_page(path, parts):
-    Path(path).write_text("\n".join([STYLE, *parts, ""]), encoding="utf-8")
-
-
-def html_table(header, rows):
-    cells = [["<th>" + html.escape(str(x)) for x in header]]
-    cells += [["<td>" + html.escape(f"{x:.3g}" if isinstance(x, float) else str(x)) for x in row]
-              for row in rows]
-    lines = "".join("<tr>" + "".join(row) for row in cells)
-    return f'<div class="wide"><table>{lines}</table></div>'
-
-
-# ======== the verb compare ========
-
-
-def compare(args):
-    """ABX across speakers by model, layer and amount of audio that it was adapted to: the mean over
-    languages, and of that the mean and the spread over seeds. Reads runs of adapt.py and, of a
-    model that was not adapted, NAME<seed>-LANGUAGE.json by 'abx --out'."""
-    errors, means = defaultdict(dict), defaultdict(list)
-    for run in map(Path, args.runs):
-        if run.suffix == ".json":
-            name, _, language = run.stem.rpartition("-")
-            seed, method, files = name, "", {"none": run}
-        else:
-            o = options_of(run)
-            require("budget" in o, f"{run}: no run of adapt.py")
-            name, language, seed = Path(o["init"]).name, o["items"] or o["language"], o["seed"]
-            name = Path(o["init"]).parent.name if name.endswith(".pt") else name
-            method = f", {o['method']}" * (o["method"] != "full")
-            after = o["budget"] or "all"
-            files = {"none": run / "abx_before.json", after: run / "abx_after.json"}
-        for amount, file in files.items():
-            for record in read_json(file):
-                if record["speaker"] == "across" and args.layer in (None, record["layer"]):
-                    model = name.rstrip("0123456789") + method, record["layer"]
-                    errors[model, amount, seed][language] = record["error"]
-    require(errors, "no ABX across speakers of that layer in these files")
-    for (model, amount, _), languages in errors.items():
-        means[model, amount].append(fmean(languages.values()))
-    ends = {"none": 0, "all": math.inf}
-    seconds = {amount: ends[amount] if amount in ends else data.parse_seconds(amount)
-               for _, amount in means}
-    amounts = sorted(seconds, key=seconds.get)
-    print_row("ABX across, %", "layer", *amounts)
-    for model in sorted({model for model, _ in means}):
-        found = (means.get((model, amount)) for amount in amounts)
-        print_row(*model, *(f"{np.mean(x):.2f} ±{np.std(x):5.2f}" if x else "" for x in found))
 
 
 # ======== command line ========
@@ -1428,7 +1097,6 @@ def positive(text):
 
 
 OPTIONS = {
-    "runs": dict(nargs="+", help="folders; for compare also NAME-LANGUAGE.json of 'abx --out'"),
     "--model": dict(help=f"a run, a checkpoint, a released model, or {', '.join(BASELINES)}"),
     "--audio": dict(help="a folder of audio, a manifest or one file"),
     "--features": dict(help="a folder of .npy files [T, D], instead of model and audio"),
@@ -1437,7 +1105,7 @@ OPTIONS = {
     "--alignments": dict(help="CSV fileid,phones,language: a phone every 10 ms; or intervals"),
     "--lm": dict(help="a run's folder or a checkpoint of 'lm'"),
     "--data": dict(help="wav files and gold.csv, for tsc ID_correct.wav and ID_incorrect.wav"),
-    "--layer": dict(type=positive, help="from 1 [the second with a codebook; abx, compare: all]"),
+    "--layer": dict(type=positive, help="from 1 [the second with a codebook; abx: all]"),
     "--longest": dict(type=positive, default=60, help="seconds; above them in windows [60]"),
     "--speaker": dict(choices=["within", "across", "both"], default="both"),
     "--context": dict(choices=["within", "any"], default="within"),
@@ -1448,13 +1116,12 @@ OPTIONS = {
     "--split": dict(default="test", help="of DiscoPhon's audio [test]"),
     "--keep-features": dict(action="store_true", help="write the features too"),
     "--seed": dict(type=int, default=0, help="of that choice [0]"),
-    "--out": dict(help="a folder; units: JSONL, abx, quality: JSON, look: HTML [look.html]"),
+    "--out": dict(help="a folder; units: JSONL, abx, quality: JSON"),
 }
 # Each verb's function and options; those with ! are needed.
 OUTPUTS = write_outputs, "--model! --audio! --out! --layer --longest"
 PAIRS = run_pairs, "--lm! --data! --model --units --out"
 VERBS = {
-    "toy": (run_toy, "runs --layer"),
     "features": OUTPUTS, "units": OUTPUTS,
     "abx": (run_abx, "--items! --model --audio --features --layer --longest --speaker --context "
                      "--distance --max-size-group --max-x-across --seed --out"),
@@ -1463,15 +1130,13 @@ VERBS = {
                                  "--max-size-group --max-x-across --keep-features"),
     "lm": (None, ""),
     **dict.fromkeys(TASKS, PAIRS),
-    "look": (run_look, "--model! --audio! --alignments --layer --out"),
-    "compare": (compare, "runs --layer"),
 }
 
 
 def parse(arguments=None):
     parser = pretrain.Parser(description=__doc__,
                              formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", metavar="verb")
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
     for verb, (function, options) in VERBS.items():
         command = verbs.add_parser(verb, allow_abbrev=False)
         command.set_defaults(function=function)
@@ -1485,8 +1150,6 @@ def main():
     if sys.argv[1:2] == ["lm"]:  # its options are a dataclass, like those of the training scripts
         return train_lm(sys.argv[2:])
     args = parse()
-    if not args.verb:
-        return report()
     if getattr(args, "out", None):  # what cannot be written is told before the work
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     args.function(args)

@@ -241,8 +241,8 @@ def main():
     if place.first:
         summary(log, f"{o.steps} steps")
         if not o.manifest:
-            show("evaluate.py", "toy", o.out)
-        print(f"next: python meta_train.py --init {o.out}   or   python evaluate.py")
+            show("extras/toy.py", "table", o.out)
+        print(f"next: python meta_train.py --init {o.out}   or   python extras/page.py")
 
 
 # ======== plumbing: skip at first reading ========
@@ -407,7 +407,8 @@ def trained(optimizer):
 def make_toy(o, place, part):
     """A part of the toy world, if it is not there."""
     if place.first:
-        data.toy(o.toy, [part])
+        from extras.toy import toy
+        toy(o.toy, [part])
     barrier()
 
 

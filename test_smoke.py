@@ -36,6 +36,8 @@ import evaluate
 import meta_train
 import model as spidr
 import pretrain
+from extras import experiments, page, speed
+from extras import toy as toy_world
 from model import Config, InputError, SpidR, num_frames
 
 HERE = Path(__file__).parent
@@ -53,7 +55,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    return data.toy(tmp_path_factory.mktemp("toy") / "world", scale=0.02)
+    return toy_world.toy(tmp_path_factory.mktemp("toy") / "world", scale=0.02)
 
 
 def small(toy, *more):
@@ -62,12 +64,17 @@ def small(toy, *more):
     return [*NETWORK.split(), *RUN.split(), "--toy", toy, *audio, *more]
 
 
+def module_of(script):
+    """pretrain.py -> pretrain, extras/toy.py -> extras.toy"""
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
 def call(script, *args, at=0, do=None):
     """Runs a script's main in this process, and the commands that it shows, to its exit status. At
     the optimizer step `at`, counted from here, something is done with the model."""
     def show(name, *words):
         print("$ python", name, *words)
-        assert call(importlib.import_module(Path(name).stem), *words) == 0
+        assert call(module_of(name), *words) == 0
 
     def update_teacher(model, step, update=SpidR.update_teacher, calls=itertools.count(1)):
         if next(calls) == at:
@@ -1024,14 +1031,14 @@ def test_discophon(toy, reference, cli):
     verb = "discophon", "--model", reference, "--data", disco, "--out", "d", "--layer", 2
     code, out, err = cli(evaluate, *verb, "--max-size-group", 5)
     found = json.loads(Path("d/discophon-test.json").read_text())["results"]
-    assert code == 0 and found.keys() == {*data.TARGETS, "mean"} and "13.30" in out, err
+    assert code == 0 and found.keys() == {*toy_world.TARGETS, "mean"} and "13.30" in out, err
     by_file = [json.loads(line) for line in open("d/units-goxi-test.jsonl")]
     assert all(record.keys() == {"file", "units"} for record in by_file)
     cli(evaluate, "quality", "--units", "d/units-goxi-test.jsonl", "--alignments", table,
         "--out", "q.json")
     q = json.loads(Path("q.json").read_text())
     assert found["goxi"]["pnmi"] == 100 * q["pnmi"] and found["goxi"]["per"] == 100 * q["per"]
-    values = [found[language]["features across"] for language in data.TARGETS]
+    values = [found[language]["features across"] for language in toy_world.TARGETS]
     assert found["mean"]["features across"] == pytest.approx(np.mean(values))
 
     shutil.copytree(disco, "some")
@@ -1272,26 +1279,6 @@ def test_pairs_from_audio(trained, tmp_path, monkeypatch):
     complains("other weights than those of M", run_pairs, "tsc", *common, "other")
 
 
-# ======== evaluation: runs side by side ========
-
-
-def test_adapted_runs_are_compared(tmp_path, cli):
-    """The mean over languages, then the mean and the spread over seeds."""
-    for seed, language, error in ((0, "goxi", 10), (0, "juthe", 14), (1, "goxi", 20)):
-        run = tmp_path / f"{seed}{language}"
-        run.mkdir()
-        o = dict(init=f"runs/plain{seed}", method="lora", budget="90s", items="",
-                 language=language, seed=seed)
-        (run / "config.json").write_text(json.dumps(dict(options=o)))
-        for when, more in ("before", 6), ("after", 0):
-            records = [dict(layer=1, speaker="across", error=error + more),
-                       dict(layer=1, speaker="within", error=99)]
-            (run / f"abx_{when}.json").write_text(json.dumps(records))
-    paths = sorted(tmp_path.iterdir())
-    code, out, err = cli(evaluate, "compare", *paths)
-    assert code == 0 and re.search(r"plain, lora +1 +22.00 ± 4.00 +16.00 ± 4.00", out), out + err
-
-
 # ======== the README ========
 
 
@@ -1321,7 +1308,8 @@ def small_presets(toy, tmp_path, monkeypatch):
     ):
         for name in presets:
             monkeypatch.setitem(presets, name, small)
-    monkeypatch.setattr(data, "TARGETS", ["goxi"])
+    for module in toy_world, page:
+        monkeypatch.setattr(module, "TARGETS", ["goxi"])
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "toy").symlink_to(toy)
 
@@ -1339,7 +1327,8 @@ def test_the_readme_s_commands_run(cli, toy, small_presets):
         Path(name).symlink_to("runs/pretrain")
 
     lines = [x for x in (HERE / "README.md").read_text().splitlines() if x.startswith("    ")]
-    command = re.compile(r"(?:python|=\S+|:29500) (?!test_smoke)(\w+)\.py\b([^#]*)")
+    others = "test_smoke|extras/experiments|extras/speed"  # have tests of their own
+    command = re.compile(rf"(?:python|=\S+|:29500) (?!{others})([\w/]+)\.py\b([^#]*)")
     found = [match for line in lines for match in command.findall(line)]
     assert len(found) > 25
     for script, text in found:
@@ -1349,17 +1338,15 @@ def test_the_readme_s_commands_run(cli, toy, small_presets):
             ("--layer 6", "--layer 3"), ("--budget 10min", "--budget 3s"),
             ("phonetic/dev-clean/dev-clean.item", "dev-clean.item")):
             text = text.replace(written, here)
-        status, _, err = cli(importlib.import_module(script), *text.split())
+        status, _, err = cli(module_of(script), *text.split())
         assert status == 0, (script, text, err)
 
 
 def test_each_experiment_runs(cli, small_presets, monkeypatch):
-    monkeypatch.syspath_prepend(HERE / "assets")
-    experiments = importlib.import_module("experiments")
 
     def run(script, *words):
         words = [{"10min": "3s", 600: 3}.get(word, word) for word in words]
-        status, out, err = cli(importlib.import_module(Path(script).stem), *words)
+        status, out, err = cli(module_of(script), *words)
         assert status == 0, (script, words, err)
         return out
 
@@ -1367,16 +1354,14 @@ def test_each_experiment_runs(cli, small_presets, monkeypatch):
                         ("INNER", [1]), ("FOLLOW", ([1], [("foblo", 1, 1), ("maml", 1, 1)])),
                         ("AMOUNTS", [10])):
         monkeypatch.setattr(experiments, name, value)
-    monkeypatch.setattr(data, "FAR", ["qxan"])
+    monkeypatch.setattr(toy_world, "FAR", ["qxan"])
     experiments.RESULTS.mkdir(parents=True)
     experiments.table(0, [0, 10], ["sl-foblo"])
     for name in "labels layers batch grid far maml follow draw".split():
         getattr(experiments, name)(0)
 
 
-def test_a_step_is_timed(cli, monkeypatch):
-    monkeypatch.syspath_prepend(HERE / "assets")
-    speed = importlib.import_module("speed")
+def test_a_step_is_timed(cli):
     status, out, err = cli(speed, "tiny:1x1", "--rounds", 1, "--steps", 1)
     assert status == 0 and re.search(r"\n\| tiny, 1 x 1 s \| [\d.]+ \|", out), (out, err)
     for shape in "tiny", "huge:1x1", "tiny:0x1", "tiny:1x0.01":

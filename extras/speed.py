@@ -1,9 +1,9 @@
 """The training step of ours and of the released implementation, in turn, in one process.
 
     pip install spidr==0.2.0                 # their package, for Python 3.12; without it only ours
-    python assets/speed.py tiny:16x2 tiny:4x8 tiny:4x4 base:2x5      # preset:batch x seconds
-    python assets/speed.py base:12x19.8 --compile                    # on a GPU
-    torchrun --nproc_per_node=16 assets/speed.py base:12x19.8 --compile        # ours, on 16
+    python extras/speed.py tiny:16x2 tiny:4x8 tiny:4x4 base:2x5      # preset:batch x seconds
+    python extras/speed.py base:12x19.8 --compile                    # on a GPU
+    torchrun --nproc_per_node=16 extras/speed.py base:12x19.8 --compile        # ours, on 16
 
 Prints a line of README's "Speed" for each shape: seconds of a step, medians over rounds; the ratio,
 a median too, in brackets the smallest and the largest; on a GPU also the peak of memory, and the

@@ -1,9 +1,9 @@
-"""The experiments behind findings.md, beside this file, and their pictures.
+"""The experiments behind docs/findings.md and their pictures.
 
-    python assets/experiments.py table --seed 0  # or labels, layers, batch, grid, far, maml, follow
-    python assets/experiments.py draw            # assets/results/README.md, assets/*.svg
+    python extras/experiments.py table --seed 0  # or labels, layers, batch, grid, far, maml, follow
+    python extras/experiments.py draw            # docs/results/README.md, docs/*.svg
 
-in the repository's folder. Each result is a line of assets/results/NAME.jsonl, the runs are in
+in the repository's folder. Each result is a line of docs/results/NAME.jsonl, the runs are in
 runs/experiments. Where it was killed, the same command goes on. Two of them run side by side with
 OMP_NUM_THREADS=1. They show how the method works on the toy world, not how well it works on speech.
 """
@@ -29,8 +29,9 @@ import data
 import evaluate
 import model as spidr
 import pretrain
+from extras import page, toy
 
-RUNS, RESULTS, TOY = Path("runs/experiments"), Path("assets/results"), Path("runs/toy")
+RUNS, RESULTS, TOY = Path("runs/experiments"), Path("docs/results"), Path("runs/toy")
 LAYER = 3
 
 
@@ -90,7 +91,7 @@ def last(model, *names):
     return {name: [row[name] for row in log if name in row][-1] for name in names}
 
 
-def discover(name, key, model, languages=data.TARGETS):
+def discover(name, key, model, languages=toy.TARGETS):
     """All measures of a model, language by language."""
     if all(known(name, **key, language=language) for language in languages):
         return
@@ -120,7 +121,7 @@ def table(seed, minutes, models):
         if amount == 0:
             discover("table", key, model)
             continue
-        for language in data.TARGETS:
+        for language in toy.TARGETS:
             if not known("table", **key, language=language):
                 out = adapted(model, seed, TOY / "target" / f"{language}.csv", amount)
                 discover("table", key, out, [language])
@@ -142,7 +143,7 @@ def few_labels(seconds):
     """The alignments of the first recordings of each language, `seconds` of them or a bit more."""
     with open(TOY / "train_alignments.csv", newline="") as file:
         rows, taken = list(csv.DictReader(file)), []
-    for language in data.SOURCES:
+    for language in toy.SOURCES:
         amount = 0
         for row in rows:
             if row["language"] == language and amount < seconds:
@@ -172,7 +173,7 @@ def labels(seed):
 def teacher_labels(checkpoint):
     """The teacher's labels [K, frames] of a few recordings of the unseen languages."""
     net, labels = spidr.load(checkpoint).eval(), []
-    for language in data.TARGETS:
+    for language in toy.TARGETS:
         for row in data.read_manifest(TOY / "eval" / f"{language}.csv")[:4]:
             wav = data.standardise(data.read_audio(row.path))[None]
             everywhere = torch.ones(1, net.encode(wav)[0].shape[1], dtype=torch.bool)
@@ -271,7 +272,7 @@ def follow(seed):
     """The supervised loss at theta_M on held-out audio of a source language, with phi as it was and
     after meta-updates of FOBLO and of MAML. MAML's 10 take as long as about 20 of FOBLO."""
     init = pretrained("sl", seed)
-    audio = TOY / "eval" / f"{data.EVAL_SOURCES[0]}.csv"
+    audio = TOY / "eval" / f"{toy.EVAL_SOURCES[0]}.csv"
     held_out = "--manifest", audio, "--alignments", f"{audio.with_suffix('')}_alignments.csv", \
         "--preset", "tiny"
     for steps, (method, updates, beta) in itertools.product(*FOLLOW):
@@ -298,7 +299,7 @@ KINDS = {  # of contrast: the phones that are told from one another
 
 def by_contrast(model, language):
     """ABX across speakers, in any context, by kind of contrast: a mean over its sets of phones."""
-    part = data.toy(TOY, ["far_eval"]) / "far_eval"
+    part = toy.toy(TOY, ["far_eval"]) / "far_eval"
     encoder = evaluate.load_encoder(str(model))
     layer = LAYER if encoder.codebooks else 1
     rows = data.read_manifest(part / f"{language}.csv")
@@ -321,8 +322,8 @@ def far(seed):
     ten minutes of adaptation, by kind of contrast."""
     init = pretrained("sl", seed)
     models = {"SSL/SL": init, "SSL/SL + FOBLO": then(init, seed, "foblo")}
-    data.toy(TOY, ["far_target"])
-    for language in data.FAR:
+    toy.toy(TOY, ["far_target"])
+    for language in toy.FAR:
         for name, model in {"mfcc": "mfcc", **models}.items():
             key = {"seed": seed, "model": name, "minutes": 0, "language": language}
             if not known("far", **key):
@@ -345,10 +346,10 @@ path, polyline {{ fill: none; stroke: #59636e }}
 
 
 def picture(name, plots, height, width=960):
-    """Plots side by side, in assets/NAME.svg."""
+    """Plots side by side, in docs/NAME.svg."""
     placed = [plot.replace("<svg ", f'<svg x="{45 + 310 * i}" y="25" ', 1)
               for i, plot in enumerate(plots)]
-    Path("assets", f"{name}.svg").write_text(
+    Path("docs", f"{name}.svg").write_text(
         HEAD.format(width, height) + "\n".join([*placed, "</svg>", ""]))
 
 
@@ -379,8 +380,8 @@ def table_of(title, header, lines):
 
 ABOUT = """# Results at toy scale
 
-Made by `python assets/experiments.py NAME --seed S` on the toy world with the preset tiny, and
-written by `python assets/experiments.py draw`. In percent: of each seed the mean over the unseen
+Made by `python extras/experiments.py NAME --seed S` on the toy world with the preset tiny, and
+written by `python extras/experiments.py draw`. In percent: of each seed the mean over the unseen
 languages, and of these mean ± standard deviation (number of seeds)."""
 MEASURES = ["features across", "units across", "pnmi", "per", "f1", "r_value"]
 TABLES = {  # columns that tell the rows apart, and the others
@@ -394,7 +395,7 @@ TABLES = {  # columns that tell the rows apart, and the others
 
 
 def draw(_):
-    """assets/results/README.md and the pictures, of all results that are there."""
+    """docs/results/README.md and the pictures, of all results that are there."""
     parts, rows = [ABOUT], results("table")
     names = list(dict.fromkeys(row["model"] for row in rows))
     for measure in MEASURES:
@@ -432,7 +433,7 @@ def draw(_):
 
 
 def curves(name, rows, x, names, titles):
-    """assets/NAME.svg: measures by x, means over languages and seeds, a line for each model."""
+    """docs/NAME.svg: measures by x, means over languages and seeds, a line for each model."""
     if not rows:
         return
     plots = []
@@ -442,14 +443,14 @@ def curves(name, rows, x, names, titles):
             if row.get(measure) is not None:
                 line = " ".join(str(row[key]) for key in names.split())
                 points[line][row[x]].append(row[measure])
-        plots.append(evaluate.plot(title, {
+        plots.append(page.plot(title, {
             line: [(x, fmean(values)) for x, values in sorted(points[line].items())]
             for line in sorted(points)}))
     picture(name, plots, 250 + 14 * len(points))
 
 
 def draw_grid(rows, before):
-    """assets/grid.svg: how five meta-updates change ABX, a square for each decay of the teacher,
+    """docs/grid.svg: how five meta-updates change ABX, a square for each decay of the teacher,
     beta by inner steps. What came to nothing is marked: diverged, collapsed, or less than 0.1."""
     if not rows or not before:
         return
@@ -498,7 +499,7 @@ def main():
     RUNS.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(exist_ok=True)
     if args.experiment != "draw":
-        data.toy(TOY)
+        toy.toy(TOY)
     more = (args.minutes, args.models) if args.experiment == "table" else ()
     {f.__name__: f for f in experiments}[args.experiment](args.seed, *more)
 
