@@ -8,30 +8,32 @@ In: a run or checkpoint of any stage, or a released one, and a folder or manifes
 --out, whose last.pt is a plain SpidR. The steps are those of self-supervised pretraining, with
 
     fresh codebooks and heads at the start                        (11) active forgetting
-    a downsampler, a projection and a teacher that stand still
+    a frozen downsampler, projection and teacher
     W = W0 + B A in the place of W0, with --method lora or dama   (12) low-rank updates
 
-A tenth of the recordings is held out. At the end a table tells for each layer its rank, what was
-trained, and how far it moved; another one how the loss went on the recordings held out, which is
-what one knows of a language without labels; with --items also the ABX error before and after.
+A tenth of the audio is held out. At the end a table tells for each layer its rank, what was trained
+and how far it moved, and another what can be known without labels: the loss, the accuracy and the
+codewords in use on the audio held out, before and after. With --items it also scores ABX.
 """
 
 import json
 import math
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
 import data
-import model as spidr
+import model as networks
 import pretrain
 from meta_train import EpisodeOptions, forget
-from model import option, require
+from model import Config, option, require
 from pretrain import Log, Stop, fetch, lr_at, seed_step, train_step
 
 # ======== options ========
@@ -47,7 +49,7 @@ class Options(EpisodeOptions):
     language: str = option("", "of the audio, all unless given; of the toy world, goxi")
     budget: str = option("", "a random part of the audio: 10min, 1h, 90s")
     out: str = option("runs/adapt", "the run's folder")
-    method: str = option("full", "full, lora (one rank), or dama (rank by depth)")
+    method: str = option("full", "full, lora (one rank everywhere) or dama (rank by depth)")
     rank_max: int = option(32, "rank of lora, and of DAMA's first and last layer")
     rank_min: int = option(1, "rank of DAMA's middle third")
     basis: str = option("middle", "where DAMA's basis A stays frozen: the middle third, or all")
@@ -114,16 +116,18 @@ def linears(layer):
     return attention.qkv, attention.proj, block.intermediate_dense, block.output_dense
 
 
-def add_adapters(model, o):
+def add_adapters(model, options):
     """After this only the adapters, the heads and, by their averages, the codebooks move."""
     for part in model.student, model.supervised_classifiers:
         part.requires_grad_(False)
     model.mask_embedding.requires_grad_(False)
-    dama, layers = o.method == "dama", len(model.student.layers)
+    dama, layers = options.method == "dama", len(model.student.layers)
     third = max(1, layers // 3)
-    ranks = dama_ranks(layers, o.rank_max, o.rank_min) if dama else [o.rank_max] * layers
+    ranks = [options.rank_max] * layers
+    if dama:
+        ranks = dama_ranks(layers, options.rank_max, options.rank_min)
     for i, (layer, rank) in enumerate(zip(model.student.layers, ranks)):
-        frozen = dama and (o.basis == "all" or third <= i < layers - third)
+        frozen = dama and (options.basis == "all" or third <= i < layers - third)
         for linear in linears(layer):
             adapter = LowRank(linear.weight.data, rank, svd=dama, train_basis=not frozen)
             parametrize.register_parametrization(linear, "weight", adapter)
@@ -134,70 +138,75 @@ def add_adapters(model, o):
 
 def main():
     # ======== options, setup ========
-    o, _ = pretrain.parse_options(Options, PRESETS)
-    check_options(o)
-    place = pretrain.setup(o)
-    torch.manual_seed(o.seed)
-    changes = dict(ema_start=o.ema_start, codebook_decay=o.codebook_decay, layer_drop=0.0)
-    model, inventory = spidr.load_init(o.init, **changes)
-    pretrain.to_device(model, o, place)
+    options, _ = pretrain.parse_options(Options, PRESETS)
+    check_options(options)
+    ranks = pretrain.setup(options)
+    torch.manual_seed(options.seed)
+    model, inventory = networks.load_init(
+        options.init, ema_start=options.ema_start, codebook_decay=options.codebook_decay,
+        layer_drop=0.0)
+    pretrain.to_device(model, options, ranks)
 
     # ======== data ========
-    rows = audio_rows(o, place)
-    o.steps = o.steps or steps_for(seconds_of(rows) / 3600)
-    pretrain.check_options(o, model.config)
-    rows, held_out = hold_out(rows, o, model.config)
-    unlabelled = data.Batches(rows, model.config, o, place.world * o.accumulate)
+    rows = audio_rows(options, ranks)
+    options.steps = options.steps or steps_for(seconds_of(rows) / 3600)
+    pretrain.check_options(options, model.config)
+    rows, held_out = hold_out(rows, options, model.config)
+    unlabelled = data.Batches(rows, model.config, options, ranks.world * options.accumulate)
 
     # ======== model, optimizer ========
     before = [[linear.weight.detach().clone() for linear in linears(layer)]
               for layer in model.student.layers]
     model.freeze_front_end()
-    if o.method != "full":
-        add_adapters(model, o)
-    optimizer = pretrain.make_optimizer(model, o)
+    if options.method != "full":
+        add_adapters(model, options)
+    networks.send_from_first(model)
+    optimizer = pretrain.make_optimizer(model, options)
 
     # ======== resume ========
     first, totals = pretrain.resume(
-        pretrain.open_run(o, model, place, rows), model, optimizer, "unmerged")
-    if first >= o.steps:
-        score(o, place, "after", o.out)
-        return pretrain.finished(o, place)
-    score(o, place, "before", o.init)
-    log, stop = Log(o, place, o.steps, first, totals), Stop(place)
+        pretrain.open_run(options, model, ranks, rows), model, optimizer, "unmerged")
+    if first >= options.steps:
+        score(options, ranks, "after", options.out)
+        return pretrain.finished(options, ranks)
+    score(options, ranks, "before", options.init)
+    log = Log(options, ranks, options.steps, first, totals, advice(options, ranks, model))
+    stop = Stop(ranks)
 
     # ======== loop ========
-    batches = fetch(unlabelled, o, place, first, log)
+    steps = fetch(unlabelled, options, ranks, first, log)
     model.train()
-    for step in range(first, o.steps):
-        done, step_seed = step + 1, (o.seed, step, place.rank)
-        micro_batches = next(batches)
-        if step == 0 and o.forgetting:
-            forget(model, micro_batches, o, place, (o.seed, 8), step_seed)  # (11)
+    for step in range(first, options.steps):
+        micro_batches, step_seed = next(steps), (options.seed, step, ranks.rank)
+        if step == 0 and options.forgetting:
+            episode_seed = options.seed, data.STREAM_FORGET
+            forget(model, micro_batches, options, ranks, episode_seed, step_seed)  # (11)
         if step == 0 and held_out:
-            log.add(pretrain.validate(model, held_out, o, place))
+            log.add(pretrain.validate(model, held_out, options, ranks))
             log.write(0)
         seed_step(*step_seed)
-        log.add(train_step(model, optimizer, micro_batches, done, lr_at(step, o), o, place))
-        stopping = stop.agreed(done)
-        saving = stopping or done % o.save_every == 0 or pretrain.is_kept(done, o)
-        if saving and held_out:
-            log.add(pretrain.validate(model, held_out, o, place))
-        if saving or done % o.log_every == 0:
-            log.write(done)
-        if saving:
-            more = dict(unmerged=model.state_dict(), inventories=inventory)
-            pretrain.save_checkpoint(o, place, merged(model), optimizer, done, log, **more)
-        if stopping and done < o.steps:
-            pretrain.leave(place, done)
-    if place.first:
-        conclude(o, place, log, model, before, seconds_of(rows))
+        log.add(train_step(model, optimizer, micro_batches, step + 1, lr_at(step, options), options,
+                           ranks))
+        pretrain.end_of_step(
+            step + 1, options, ranks, optimizer, log, stop,
+            lambda: pretrain.validate(model, held_out, options, ranks),
+            lambda: dict(state=merged(model), unmerged=model.state_dict(), inventories=inventory))
+    if ranks.first:
+        what = f"{options.method}, {options.steps} steps on {seconds_of(rows) / 60:.1f} min"
+        pretrain.summary(log, what)
+        print_changes(model, before)
+        print_held_out(log.path)
+    score(options, ranks, "after", options.out)
+    if ranks.first:
+        print(f"next: python evaluate.py units --model {options.out} --audio FOLDER "
+              "--out units.jsonl")
 
 
 # ======== plumbing: skip at first reading ========
 
 
-def check_options(o):
+def check_options(options):
+    o = options
     require(o.method in ("full", "lora", "dama"), f"--method {o.method}: full, lora or dama")
     require(o.basis in ("all", "middle"), f"--basis {o.basis}: middle or all")
     require(0 <= o.held_out < 1, f"--held-out {o.held_out}: from 0 to less than 1")
@@ -231,58 +240,55 @@ def print_changes(model, before):
 
 
 def print_held_out(path):
-    """How the loss went on the audio that was held out: all that one knows without labels."""
+    """What can be known without labels: how the model does on the audio held out."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records = [record for record in records if record.get("valid_loss") is not None]
     if not records:
         return
-    names = "loss", "accuracy", "target_ppl", "active"
-    print("held out, step", *(f"{name:>10}" for name in names))
-    for record in records:
-        print(f"{record['step']:>14}", *(f"{record['valid_' + name]:>10.3f}" for name in names))
-    best = min(records[1:] or records, key=lambda record: record["valid_loss"])
+    best = min(records, key=lambda record: record["valid_loss"])
+    print("held out           before      after")
+    for name in "loss", "accuracy", "target_ppl", "active":
+        values = (record[f"valid_{name}"] for record in (records[0], records[-1]))
+        print(f"{name:12}", *(f"{value:10.3f}" for value in values))
     if records[-1]["valid_loss"] > 1.02 * best["valid_loss"]:
         print(f"warning: the loss on held-out audio has risen since step {best['step']}: so many "
               "steps may be too many for so little audio", file=sys.stderr)
 
 
-def hold_out(rows, o, config):
+def hold_out(rows, options, config):
     """The recordings to learn from, and the batches of those to follow the loss on, if any."""
-    order = np.random.default_rng([o.seed, 10]).permutation(len(rows))
-    count = min(math.ceil(o.held_out * len(rows)), len(rows) - 1)  # one is left to learn from
+    rng = np.random.default_rng([options.seed, data.STREAM_HELD_OUT])
+    order = rng.permutation(len(rows))
+    count = min(math.ceil(options.held_out * len(rows)), len(rows) - 1)  # one is left to learn from
     kept, held_out = ([rows[i] for i in sorted(part)] for part in (order[count:], order[:count]))
-    return kept, data.Batches(held_out, config, o, stream=(2,)) if held_out else None
+    if not held_out:
+        return kept, None
+    return kept, data.Batches(held_out, config, options, stream=(data.STREAM_VALID,))
 
 
-def conclude(o, place, log, model, before, seconds):
-    pretrain.summary(log, f"{o.method}, {o.steps} steps on {seconds / 60:.1f} min")
-    print_changes(model, before)
-    print_held_out(log.path)
-    score(o, place, "after", o.out)
-    print(f"next: python evaluate.py units --model {o.out} --audio FOLDER --out units.jsonl")
-
-
-def audio_rows(o, place):
-    path = o.audio
+def audio_rows(options, ranks):
+    path = options.audio
     if not path:
-        pretrain.make_toy(o, place, "target")
+        pretrain.make_toy(options, ranks, "target")
         from extras.toy import TARGETS
-        o.language = o.language or TARGETS[0]
-        path = Path(o.toy) / "target" / f"{o.language}.csv"
-        require(path.exists(), f"--language {o.language}: the toy world's new ones are "
+        options.language = options.language or TARGETS[0]
+        path = Path(options.toy) / "target" / f"{options.language}.csv"
+        require(path.exists(), f"--language {options.language}: the toy world's new ones are "
                 f"{', '.join(TARGETS)}")
-    rows = pretrain.read_rows(path, o)
-    if o.language:
-        rows = [row for row in rows if row.language == o.language]
-        require(rows, f"--language {o.language}: no recordings in {path}")
-    return subset(rows, data.parse_seconds(o.budget), o.seed) if o.budget else rows
+    rows = pretrain.read_rows(path, options)
+    if options.language:
+        rows = [row for row in rows if row.language == options.language]
+        require(rows, f"--language {options.language}: no recordings in {path}")
+    if options.budget:
+        rows = subset(rows, data.parse_seconds(options.budget), options.seed)
+    return rows
 
 
 def subset(rows, seconds, seed):
     """A random part of the recordings, which together last about so long."""
     have = seconds_of(rows)
     require(have >= seconds, f"--budget {seconds:g} s: there are only {have:.0f} s of audio")
-    order = np.random.default_rng([seed, 9]).permutation(len(rows))
+    order = np.random.default_rng([seed, data.STREAM_BUDGET]).permutation(len(rows))
     ends = np.cumsum([rows[i].num_samples for i in order]) / data.SAMPLE_RATE
     return [rows[i] for i in sorted(order[: np.searchsorted(ends, seconds) + 1])]
 
@@ -291,20 +297,33 @@ def seconds_of(rows):
     return sum(row.num_samples for row in rows) / data.SAMPLE_RATE
 
 
-def score(o, place, when, run):
-    """ABX, if there are items. Before the first step, so that what does not fit is told then."""
-    out = Path(o.out) / f"abx_{when}.json"
-    if not place.first or out.exists() or o.audio and not o.items:
-        return
-    items, audio = o.items, o.items_audio or o.audio
-    if not items:
-        from extras.toy import toy
-        toy(o.toy, ["eval"])
-        items = Path(o.toy) / "eval" / f"{o.language}.item"
-        audio = items.with_suffix(".csv")
-    pretrain.show(
-        "evaluate.py", "abx", "--model", run, "--items", items, "--audio", audio, "--out", out)
+def advice(options, ranks, model):
+    """What shortens a long adaptation. Of base's size on a CPU it will be long for sure."""
+    ways = "fewer --steps, --method lora, or a smaller model as --init"
+    if ranks.first and ranks.device.type == "cpu" and model.config.dim >= Config().dim:
+        print(f"warning: a model of base's size takes days on a CPU. Shorter: {ways}, or a GPU",
+              file=sys.stderr)
+    return ways
+
+
+def score(options, ranks, when, run):
+    """ABX, if there are items. Before the first step, so that what does not fit is told then. The
+    first rank scores, which may take longer than the ten minutes that a collective waits."""
+    patient = None
+    if ranks.world > 1:
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    out, items = Path(options.out) / f"abx_{when}.json", options.items
+    if ranks.first and not out.exists() and (items or not options.audio):
+        audio = options.items_audio or options.audio
+        if not items:
+            from extras.toy import toy
+            items = toy(options.toy, ["eval"]) / "eval" / f"{options.language}.item"
+            audio = items.with_suffix(".csv")
+        pretrain.show("evaluate.py", "abx", "--model", run, "--items", items, "--audio", audio,
+                      "--out", out)
+    if patient:
+        dist.barrier(patient)
 
 
 if __name__ == "__main__":
-    spidr.run(main)
+    networks.run(main)

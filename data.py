@@ -54,9 +54,9 @@ def make_mask(batch, frames, rng, prob, span):
 #   the order of an epoch's batches    seed, stream, epoch
 #   the masks of a batch               seed, stream, epoch, batch, 2
 #   the crop of a recording            seed, stream, epoch, recording, 1
-# Stream 0 is for unlabelled batches, 1 for labelled ones, 2 for validation; in meta-training 4 for
-# the chunks, 5 for their order, 6 and 7 for the batches of an episode; in adaptation 9 for the
-# budget, 10 for what is held out.
+STREAM_UNLABELLED, STREAM_LABELLED, STREAM_VALID = 0, 1, 2
+STREAM_CHUNKS, STREAM_TASK_ORDER, STREAM_EPISODE, STREAM_EPISODE_LABELLED = 4, 5, 6, 7
+STREAM_FORGET, STREAM_BUDGET, STREAM_HELD_OUT = 8, 9, 10
 
 
 def make_buckets(lengths, index, budget, ratio=1.2):

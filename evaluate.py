@@ -921,26 +921,28 @@ def lm_batch(sequences, boundary, o, number):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def lm_step(lm, optimizer, micro_batches, lr, o, place):
+def lm_step(lm, optimizer, micro_batches, lr, options, ranks):
     """One optimizer step. The loss is a mean over the tokens of all ranks and micro-batches."""
     optimizer.zero_grad()
-    sums = torch.zeros(2, device=place.device)  # loss, tokens
+    sums = torch.zeros(2, device=ranks.device)  # loss, tokens
     for tokens in micro_batches:
-        with pretrain.autocast(o, place):
-            loss = lm(tokens.to(place.device)).sum()
+        with pretrain.autocast(options, ranks):
+            loss = lm(tokens.to(ranks.device)).sum()
         loss.backward()
         sums += torch.stack([loss.detach(), (tokens[:, 1:] >= 0).sum().to(loss)])
     gradients = [p.grad for p in pretrain.trained(optimizer)]
     all_sum([*gradients, sums])
     loss, count = sums
-    return pretrain.move(optimizer, gradients, count, lr, o) | {"loss": loss / count}
+    metrics = pretrain.average_and_clip(optimizer, count, lr, options)
+    optimizer.step()
+    return metrics | {"loss": loss / count}
 
 
 def train_lm(arguments):
     # ======== options, setup ========
     o, _ = pretrain.parse_options(LMOptions, LM_PRESETS, argv=arguments)
     require(o.units, "lm needs --units, a file that 'evaluate.py units' writes")
-    pretrain.check_optimizer(o)
+    pretrain.check_numbers(o)
     require(min(o.layers, o.dim, o.heads, o.context) > 0 and o.dim % o.heads == 0
             and 0 <= o.dropout < 1, "sizes are positive, dim a multiple of heads, dropout under 1")
     place = pretrain.setup(o)
@@ -969,17 +971,11 @@ def train_lm(arguments):
         micro_batches = [lm_batch(sequences, lm.boundary, o, i * place.world + place.rank)
                          for i in range(step * o.accumulate, done * o.accumulate)]
         log.add(lm_step(lm.train(), optimizer, micro_batches, pretrain.lr_at(step, o), o, place))
-        stopping = stop.agreed(done)
-        saving = stopping or done % o.save_every == 0 or pretrain.is_kept(done, o)
-        if saving and valid:
-            log.add({"valid_loss": -torch.tensor([score_units(lm, x) for x in valid]).mean()})
-        if saving or done % o.log_every == 0:
-            log.write(done)
-        if saving:
-            more = dict(lm=sizes, units=header)
-            pretrain.save_checkpoint(o, place, lm.state_dict(), optimizer, done, log, **more)
-        if stopping and done < o.steps:
-            pretrain.leave(place, done)
+        pretrain.end_of_step(
+            done, o, place, optimizer, log, stop,
+            lambda: {"valid_loss": -torch.tensor([score_units(lm, x) for x in valid]).mean()}
+            if valid else {},
+            lambda: dict(state=lm.state_dict(), lm=sizes, units=header))
     if place.first:
         print(f"{o.out}: {o.steps} steps, loss {log.record['loss']:.3f}")
         print(f"next: python evaluate.py swuggy --lm {o.out} --model {header['model']} --data DIR")

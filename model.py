@@ -83,8 +83,10 @@ class Config:
     codewords: int = option(256, "V, in each codebook")
     codebook_decay: float = option(0.9, "a in (5); 1 keeps the codebooks as they are")
     ema_start: float = option(0.999, "b0, where b in (6) starts; 1 keeps the teacher as it is")
-    ema_timescale: float = option(20000.0, "steps in which b approaches 1")
+    ema_schedule: str = option("exponential", "of b: exponential (SpidR) or linear (DinoSR)")
+    ema_timescale: float = option(20000.0, "steps in which b approaches 1, or has climbed")
     ema_threshold: float = option(1e-7, "the teacher stops for good once 1 - b is this small")
+    ema_stop: int = option(0, "a step from which on the teacher stands still; 0: none")
 
     def __post_init__(self):
         check_config(self)
@@ -102,6 +104,14 @@ PRESETS = {
         dropout=0.0, attention_dropout=0.0, init_std=0.05, codebooks=3, codewords=48,
         ema_timescale=500.0),
 }
+
+
+def dinosr(timescale):
+    """What DinoSR, the predecessor, does otherwise. In base its decay b climbs for 30,000 steps,
+    and the teacher stops at step 200,000; smaller presets keep the proportion to SpidR's timescale.
+    """
+    return dict(objective="dinosr", layer_drop=0.05, ema_schedule="linear",
+                ema_timescale=1.5 * timescale, ema_stop=round(10 * timescale))
 
 
 # ======== (1) the downsampler and the projection ========
@@ -130,12 +140,21 @@ def instance_norm(x, valid=None, eps=1e-5):
     return x * ((x.square() * share).sum(1, keepdim=True) + eps).rsqrt()
 
 
+class Conv1d(nn.Conv1d):
+    """A convolution over time, computed as one over a picture of height one. A GPU then keeps the
+    channels of a frame side by side in memory, as the norms want them, and copies nothing."""
+
+    def forward(self, x):  # [B, C_in, N] -> [B, C, N']
+        return F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, (1, *self.stride),
+                        (0, *self.padding), groups=self.groups)[:, :, 0]
+
+
 class ConvLayer(nn.Module):
     """A convolution, perhaps a norm over channels or over time, and GELU."""
 
     def __init__(self, channels_in, channels, kernel, stride, norm, bias):
         super().__init__()
-        self.conv = nn.Conv1d(channels_in, channels, kernel, stride, bias=bias)
+        self.conv = Conv1d(channels_in, channels, kernel, stride, bias=bias)
         self.layer_norm = nn.Identity()
         if norm == "layer_norm":
             self.layer_norm = nn.LayerNorm(channels)
@@ -147,7 +166,7 @@ class ConvLayer(nn.Module):
         x, norm = self.conv(x), self.layer_norm
         if isinstance(norm, nn.LayerNorm):
             x = norm(x.mT).mT
-        elif isinstance(norm, nn.GroupNorm) and valid is not None:  # over what is no padding
+        elif isinstance(norm, nn.GroupNorm) and valid is not None:  # over real samples
             x = (instance_norm(x.mT, valid) * norm.weight + norm.bias).mT
         else:
             x = norm(x)
@@ -166,7 +185,7 @@ class Downsampler(nn.Module):
             self.conv_layers.append(layer)
             channels_in = channels
 
-    def forward(self, wav, lengths=None):  # [B, N] -> [B, T, C], and which of T are no padding
+    def forward(self, wav, lengths=None):  # [B, N] -> [B, T, C], and which frames are real
         x = wav[:, None]  # [B, 1, N]
         for layer in self.conv_layers:
             kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
@@ -183,10 +202,9 @@ class Projection(nn.Module):
         channels = config.conv_layers[-1][0]
         self.layer_norm = nn.LayerNorm(channels)
         self.projection = nn.Linear(channels, config.dim)
-        self.dropout = nn.Dropout(config.projection_dropout)
 
     def forward(self, x):  # [B, T, C] -> [B, T, D]
-        return self.dropout(self.projection(self.layer_norm(x)))
+        return self.projection(self.layer_norm(x))
 
 
 # ======== (2) the Transformer ========
@@ -199,7 +217,7 @@ class PositionalConv(nn.Module):
         super().__init__()
         D, kernel = config.dim, config.pos_kernel // config.pos_depth
         self.convs = nn.ModuleList(
-            nn.Conv1d(D, D, kernel, padding=kernel // 2, groups=config.pos_groups)
+            Conv1d(D, D, kernel, padding=kernel // 2, groups=config.pos_groups)
             for _ in range(config.pos_depth))
 
     def forward(self, x, valid=None):  # [B, T, D]
@@ -312,6 +330,7 @@ class SpidR(nn.Module):
         self.config = config = config or Config()
         self.feature_extractor = Downsampler(config)
         self.feature_projection = Projection(config)
+        self.projection_dropout = nn.Dropout(config.projection_dropout)
         self.mask_embedding = nn.Parameter(torch.rand(config.dim))
         self.student = Transformer(config)
         # The teacher starts from weights of its own, not from the student's.
@@ -330,7 +349,7 @@ class SpidR(nn.Module):
     # -------- inference --------
 
     def frames(self, wav, lengths=None):
-        """[B, N] -> projected frames [B, T, D], and which of them are no padding."""
+        """[B, N] -> projected frames [B, T, D], and which of them are real, not padding."""
         lengths = None if lengths is None else lengths.to(wav.device)
         features, valid = self.feature_extractor(wav, lengths)  # [B, T, C]
         return self.feature_projection(features), valid  # (1) [B, T, D]
@@ -341,7 +360,9 @@ class SpidR(nn.Module):
 
     def units(self, wav, lengths=None):
         """The codeword that each head expects, [K, B, T]."""
-        inputs = self.head_inputs(*self.student(*self.frames(wav, lengths)))
+        x, valid = self.frames(wav, lengths)  # [B, T, D]
+        stream, outputs = self.student(x, valid)
+        inputs = self.head_inputs(stream, outputs)  # K times [B, T, D]
         return torch.stack([head(x).argmax(-1) for head, x in zip(self.heads, inputs)])
 
     def head_inputs(self, stream, outputs):
@@ -370,21 +391,23 @@ class SpidR(nn.Module):
         """At the masked frames: what the K heads read, [M, D] each, and the targets [K, M, D]."""
         x, valid = self.frames(wav, lengths)  # [B, T, D]
         # The indices [M] of the masked ones among all B T frames.
-        where = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
+        masked = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
         with torch.no_grad():
             _, outputs = self.teacher(x, valid)  # the teacher hears everything
-            targets = self.targets(outputs, where, valid)
-        inputs = self.head_inputs(*self.student(self.hide(x, mask), valid))
-        return [z.flatten(0, 1)[where] for z in inputs], targets
+            targets = self.targets(outputs, masked, valid)
+        stream, outputs = self.student(self.hide(x, mask), valid)
+        inputs = self.head_inputs(stream, outputs)  # K times [B, T, D]
+        return [z.flatten(0, 1)[masked] for z in inputs], targets
 
-    def targets(self, outputs, where, valid=None):
+    def targets(self, outputs, masked, valid=None):
         """The outputs of the teacher's last K layers, normalised, at the masked frames."""
         targets = [instance_norm(f, valid) for f in outputs[-self.config.codebooks :]]  # (2)
-        return torch.stack([t.flatten(0, 1)[where] for t in targets])
+        return torch.stack([t.flatten(0, 1)[masked] for t in targets])
 
     def hide(self, x, mask):
-        """One learned vector in the place of every masked frame."""
+        """What the student hears: one learned vector in the place of every masked frame."""
         mask = mask.to(x.device, non_blocking=True)[..., None]  # [B, T, 1]
+        x = self.projection_dropout(x)  # the teacher's frames have none
         return torch.where(mask, self.mask_embedding.to(x.dtype), x)  # (1)
 
     @torch.no_grad()
@@ -440,15 +463,19 @@ class SpidR(nn.Module):
         decay, finite = self.config.codebook_decay, stats["sums"].isfinite().all()
         for codebook, n, s in zip(self.codebooks, stats["counts"], stats["sums"]):
             used = (n > 0) & finite  # a codeword without a frame does not decay
-            N, S = codebook.counts, codebook.codebook
+            N, S = codebook.counts, codebook.codebook  # [V], [V, D]
             N.copy_(torch.where(used, decay * N + (1 - decay) * n, N))  # (5)
             S.copy_(torch.where(used[:, None], decay * S + (1 - decay) * s, S))  # (5)
 
     def ema_decay(self, step):
         """b in (6), which is 1 for good once it is near enough."""
-        o = self.config
-        decay = 1 - (1 - o.ema_start) * math.exp(-step / o.ema_timescale)  # (6)
-        return 1.0 if 1 - decay <= o.ema_threshold else decay
+        c = self.config
+        distance = math.exp(-step / c.ema_timescale)  # from 1, where it begins as 1 - b0
+        if c.ema_schedule == "linear":  # down to a tenth: in DinoSR from 0.999 to 0.9999
+            distance = 1 - 0.9 * min(1.0, step / c.ema_timescale)
+        decay = 1 - (1 - c.ema_start) * distance  # (6)
+        stopped = 1 - decay <= c.ema_threshold or 0 < c.ema_stop <= step
+        return 1.0 if stopped else decay
 
     @torch.no_grad()
     def update_teacher(self, step):
@@ -482,7 +509,7 @@ class SpidR(nn.Module):
             linear = nn.Linear(self.config.dim, phones).to(self.mask_embedding.device)
             self.supervised_classifiers[language] = nn.ModuleDict({"output_layer": linear})
         have = self.supervised_classifiers[language].output_layer.out_features
-        require(have == phones, f"language {language}: the model tells {have} phones apart, "
+        require(have == phones, f"language {language}: the model has {have} phone classes, "
                 f"the alignments have {phones}")
 
     def supervised_loss(self, wav, mask, phones, language, layer):
@@ -512,28 +539,20 @@ def require(condition, message):
 
 
 def check_config(c):
-    """What PyTorch would not tell, or not in time."""
-    try:
-        c.conv_layers = tuple((int(a), int(b), int(s)) for a, b, s in c.conv_layers)
-    except (TypeError, ValueError):
-        raise InputError("conv_layers: a list of [channels, kernel, stride]") from None
-    sizes = c.dim, c.layers, c.heads, c.ffn, c.pos_depth, c.pos_groups, *sum(c.conv_layers, ())
+    """What PyTorch would not say, or not in time."""
+    c.conv_layers = tuple(tuple(layer) for layer in c.conv_layers)
     require(c.objective in ("spidr", "dinosr"), f"objective {c.objective!r}: spidr or dinosr")
     require(c.norm in ("layer_norm", "group_norm"), f"norm {c.norm!r}: layer_norm or group_norm")
-    require(min(sizes) >= 1, "the sizes of the network are at least 1")
+    require(c.ema_schedule in ("exponential", "linear"),
+            f"ema_schedule {c.ema_schedule!r}: exponential or linear")
     require(math.prod(stride for *_, stride in c.conv_layers) == 320,
             "conv_layers: the strides multiply to 320 samples, a frame at 50 Hz")
     for name in "heads", "pos_groups":
         parts = getattr(c, name)
         require(c.dim % parts == 0, f"dim {c.dim} does not divide into {parts} {name}")
-    kernel = c.pos_kernel // c.pos_depth
-    require(kernel > 0 and kernel % 2 == 1, "pos_kernel // pos_depth must be odd")
+    require(c.pos_kernel // c.pos_depth % 2 == 1, "pos_kernel // pos_depth must be odd")
     require(1 <= c.codebooks <= c.layers and c.codewords >= 2,
             f"codebooks: from 1 to the {c.layers} layers, with 2 codewords or more")
-    dropouts = c.projection_dropout, c.dropout, c.attention_dropout, c.ffn_dropout, c.layer_drop
-    require(all(0 <= p < 1 for p in dropouts), "dropouts and layer_drop lie in [0, 1)")
-    require(0 <= c.codebook_decay <= 1 and 0 <= c.ema_start <= 1, "decays lie in [0, 1]")
-    require(c.ema_timescale > 0 and c.init_std > 0, "ema_timescale and init_std are positive")
 
 
 def entropy(p):
@@ -557,8 +576,8 @@ def full_precision(device):
 
 
 def run(main):
-    """The entry of every script. Whatever has happened, the process and its children are gone a
-    moment later: Python's own way out would wait for loaders, which do not listen to SIGTERM."""
+    """The entry of every script. Whatever happens, the process and its children are gone a moment
+    later: Python's own way out would wait for loaders, which do not listen to SIGTERM."""
     status = outcome(main)
     end_children()
     with contextlib.suppress(OSError):
@@ -568,14 +587,34 @@ def run(main):
 
 
 def outcome(main):
-    """The exit status of a script."""
+    """The exit status of a script. A mistake of the user's is one line on standard error."""
     try:
         main()
         barrier()  # a rank that leaves while another still works takes it down
         return 0
+    except SystemExit as error:
+        return error.code or 0
+    except KeyboardInterrupt:
+        return 130
     except BaseException as error:
         end_children()
-        return explain(error)
+        message = explain(error)
+        if not message:
+            traceback.print_exc()
+            return 1
+        print("error:", message, file=sys.stderr)
+        return 2
+
+
+def explain(error):
+    """One line, or nothing if the mistake is ours."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full: halve --batch-samples and double --accumulate"
+    if isinstance(error, EOFError) or "DataLoader worker" in str(error):
+        return ("a process that reads audio was killed, perhaps for want of memory: the same "
+                "command resumes; lower --loaders if it happens again")
+    if isinstance(error, (InputError, OSError)):
+        return " ".join(str(error).split())
 
 
 def end_children():
@@ -584,30 +623,25 @@ def end_children():
         child.kill()
 
 
-def explain(error):
-    """Says what went wrong, and returns the exit status. A mistake of the user's is one line."""
-    if isinstance(error, SystemExit):
-        return error.code or 0
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    if isinstance(error, torch.OutOfMemoryError):
-        message = "the GPU's memory is full: halve --batch-samples and double --accumulate"
-    elif isinstance(error, (ConnectionResetError, EOFError)) or "killed by signal" in str(error):
-        message = ("a process that reads audio was killed, perhaps for want of memory: the same "
-                   "command resumes; lower --loaders if it happens again")
-    elif isinstance(error, (InputError, OSError)):
-        message = " ".join(str(error).split())
-    else:
-        traceback.print_exception(error)
-        return 1
-    print("error:", message, file=sys.stderr)
-    return 2
-
-
 def die_with_parent(signal_number):
     """Asks Linux for a signal when the parent process ends, however it ends."""
     with contextlib.suppress(OSError, AttributeError):  # other systems know no such thing
         ctypes.CDLL(None).prctl(1, int(signal_number))  # 1: PR_SET_PDEATHSIG
+
+
+def lock(file, wait=True):
+    """Holds an open file until it is closed or the process ends. False if another process does."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:  # some cluster file systems have no locks
+        print(f"warning: {file.name} cannot be locked ({error}): see to it yourself that no other "
+              "process writes there", file=sys.stderr)
+    return True
+
+
+# ======== several ranks ========
 
 
 def barrier():
@@ -622,120 +656,43 @@ def alone(group):
 def all_sum(tensors, group=None):
     """Sums a list of tensors, in place, over the ranks of a group, in one message."""
     if not alone(group):
-        start_sum(tensors, group)()
+        message = torch.cat([t.flatten().float() for t in tensors])
+        dist.all_reduce(message, group=group)
+        parts = message.split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
     return tensors
 
 
-def start_sum(tensors, group):
-    """Sends the message. The sums are there once the function is called that this returns."""
-    message = torch.cat([t.flatten().float() for t in tensors])
-    work = dist.all_reduce(message, group=group, async_op=True)
-
-    def finish():
-        work.wait()
-        parts = message.split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
-
-    return finish
-
-
 def backward_and_sum(loss, model, group, last):
-    """loss.backward(). After the last micro-batch of a step the gradients are also summed over the
-    ranks of a group. The backward pass goes from the heads down. When it reaches a layer, all
-    gradients above are complete, and are sent while it goes on."""
+    """loss.backward(). In the last micro-batch of a step the gradients are also summed over the
+    ranks of a group: each is sent when it is complete, while the backward pass goes on below."""
     if alone(group) or not last:
         return loss.backward()
-    top = *model.heads.parameters(), *model.supervised_classifiers.parameters()
-    parts = [top, *(list(layer.parameters()) for layer in reversed(model.student.layers))]
-    placed = {p for part in parts for p in part}
-    parts.append([p for p in model.parameters() if p not in placed])
-    sums = []  # of the parts that are sent
+    messages = []
 
-    def send_above(number):
-        if number < len(sums):
-            raise RuntimeError("a gradient came after those of its part were sent")
-        for part in parts[len(sums) : number]:
-            gradients = [p.grad for p in part if p.grad is not None]
-            sums.append(start_sum(gradients, group) if gradients else lambda: None)
+    def send(p):
+        messages.append(dist.all_reduce(p.grad, group=group, async_op=True))
 
-    hooks = [p.register_post_accumulate_grad_hook(lambda _, number=number: send_above(number))
-             for number, part in enumerate(parts) for p in part if p.requires_grad]
-    try:
-        loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    send_above(len(parts))
-    for finish in sums:
-        finish()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(send) for p in trained]
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    for message in messages:
+        message.wait()
 
 
-# ======== faster convolutions ========
-
-
-def faster(model):
-    """The same model with the same parameters, whose convolutions run as its device likes them; on
-    a CPU also in a process that keeps its memory."""
-    on_cpu = model.mask_embedding.device.type == "cpu"
-    if on_cpu:
-        with contextlib.suppress(OSError, AttributeError):  # only Linux' malloc has these switches
-            # Large blocks would go back to the system at once, to be fetched again page by page.
-            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
-            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: no block is given back
-    if not on_cpu or torch.backends.mkldnn.is_available():
-        for module in model.modules():
-            if type(module) is nn.Conv1d:
-                module.__class__ = FasterConv1d
-    return model
-
-
-class FasterConv1d(nn.Conv1d):
-    """Computes a conv1d as a conv2d over a picture of height one. In that layout the channels of a
-    time step may stay side by side in memory, as the norms before and after want them. A conv1d
-    would copy them into another layout and back."""
-
-    def forward(self, x):  # [B, C_in, N] -> [B, C, N']
-        if self.in_channels == 1:  # what the kernel sees, [B, N', kernel], is a view of the input
-            y = (x[:, 0].unfold(1, *self.kernel_size, *self.stride) @ self.weight[:, 0].mT).mT
-        elif x.device.type == "cpu" and self.groups == 1 and self.padding == (0,):
-            y = StridedConv.apply(x, self.weight, *self.stride)
-        else:
-            y = F.conv2d(x[:, :, None], self.weight[:, :, None], stride=(1, *self.stride),
-                         padding=(0, *self.padding), groups=self.groups).squeeze(2)
-        return y if self.bias is None else y + self.bias[:, None]
-
-
-class StridedConv(torch.autograd.Function):
-    """On a CPU PyTorch's gradient to the weight is slow in that layout. So the kernel is taken
-    `stride` taps at a time. What these taps see over all steps is a view of the input, and their
-    gradient is one product of matrices with it."""
-
-    @staticmethod
-    def forward(ctx, x, weight, stride):
-        ctx.rows, ctx.stride = x.is_contiguous(), stride
-        x = x.mT.contiguous().mT
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x[:, :, None], weight[:, :, None], stride=(1, stride))[:, :, 0]
-
-    @staticmethod
-    def backward(ctx, gradient):  # [B, C, N']
-        (x, weight), stride, to_x, parts = ctx.saved_tensors, ctx.stride, None, []
-        kernel, steps = weight.shape[-1], gradient.shape[-1]
-        if ctx.needs_input_grad[0]:
-            unread = x.shape[-1] - (steps - 1) * stride - kernel  # samples at the end
-            to_x = F.conv_transpose2d(gradient[:, :, None], weight[:, :, None],
-                                      stride=(1, stride), output_padding=(0, unread))[:, :, 0]
-            to_x = to_x.contiguous() if ctx.rows else to_x
-        for tap in range(0, kernel, stride):
-            seen = x.mT[:, tap:].unfold(1, min(stride, kernel - tap), stride)[:, :steps]
-            part = gradient.bmm(seen.mT.flatten(2)).sum(0)  # seen: [B, N', C_in, taps]
-            parts.append(part.view(len(part), -1, x.shape[1]))  # [C, taps, C_in]
-        return to_x, torch.cat(parts, 1).mT, None
+def send_from_first(model):
+    """All ranks begin with the first one's weights: unlike machines may have made unlike ones."""
+    if dist.is_initialized():
+        for t in model.state_dict().values():
+            dist.broadcast(t, 0)
 
 
 # ======== load and save ========
 
-# Our name for each entry of the section "model" in a released config.json. We write the same.
+# Our name for each entry of the section "model" in a released config.json. We write the same, and
+# what it has no name for under ours, where that is not the default.
 RELEASED_NAMES = {
     "objective": "objective", "norm": "extractor_mode",
     "conv_layers": "extractor_conv_layer_config", "conv_bias": "extractor_conv_bias",
@@ -762,13 +719,11 @@ def save(path, state, **more):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError):  # torch hides a full disk behind an error of its own
-            free = shutil.disk_usage(path.parent).free
-            error = f"{free / 1e6:.1f} MB were free on its disk ({str(error).splitlines()[0]})"
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        what = f"{path} could not be written, what was there before is untouched"
-        raise InputError(f"{what}: {error}") from None
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise InputError(f"{path} could not be written, what was there before is untouched; "
+                         f"{free:.1f} MB are free: {str(error).splitlines()[0]}") from None
 
 
 def read_checkpoint(path):
@@ -776,9 +731,9 @@ def read_checkpoint(path):
     path = Path(path)
     if path.is_dir():
         steps = sorted(path.glob("step_*.pt"), key=lambda p: (len(p.name), p.name))
-        found = [p for p in (path / "last.pt", *reversed(steps)) if p.exists()]
-        require(found, f"{path}: a folder without last.pt or step_*.pt")
-        path = found[0]
+        last = [p for p in (*steps, path / "last.pt") if p.exists()]
+        require(last, f"{path}: a folder without last.pt or step_*.pt")
+        path = last[-1]
     require(path.is_file(), f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -801,14 +756,16 @@ def read_config(path):
     try:
         section = json.loads(path.read_text()).get("model", {})
         require(not section.get("encoder_layer_norm_first"), "pre-norm, which SpidR is not")
-        names = {ours: name for ours, name in RELEASED_NAMES.items() if name in section}
-        return Config(**{ours: section[name] for ours, name in names.items()})
+        names = {ours: RELEASED_NAMES.get(ours, ours) for ours in Config.__dataclass_fields__}
+        return Config(**{ours: section[name] for ours, name in names.items() if name in section})
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
 
 
 def released_config(config):
-    return {RELEASED_NAMES[name]: value for name, value in asdict(config).items()}
+    default = asdict(Config())
+    return {RELEASED_NAMES.get(name, name): value for name, value in asdict(config).items()
+            if name in RELEASED_NAMES or value != default[name]}
 
 
 def load_state(model, state, path):
@@ -817,33 +774,36 @@ def load_state(model, state, path):
     for name, value in state.items():
         if name.startswith("supervised_classifiers.") and name.endswith(".output_layer.weight"):
             model.add_language(name.split(".")[1], len(value))
-    own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in state]
-    wrong += [f"{name} is not of this model" for name in state if name not in own]
-    for name in own.keys() & state.keys():
-        has, says = tuple(state[name].shape), tuple(own[name].shape)
-        if has != says:
-            wrong.append(f"{name} has shape {has}, the configuration says {says}")
-    more = f" ({len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    require(not wrong, f"{path}: {wrong[0] if wrong else ''}{more}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise InputError(f"{path}: does not fit the configuration: {first[:200]}") from None
     return model
 
 
 def load(what, device="cpu"):
     """A run's folder, one of our checkpoints, a released one (with its config.json beside it;
-    without, it is taken for base), the name of a released model, or a URL."""
+    without one it is taken for base), the name of a released model, or a URL."""
     return load_init(what)[0].to(device)
 
 
 def load_init(what, **changes):
     """What a stage starts from: the same network, and the phone inventories of its classifiers."""
     path, checkpoint = read_checkpoint(locate(what))
-    described = path.parent / "config.json"
-    model = SpidR(replace(read_config(described), **changes))
+    described, config = path.parent / "config.json", config_of(what)
+    model = SpidR(replace(config, **changes))
     name = path if described.exists() else f"{path}, taken for base for want of {described}"
     load_state(model, checkpoint["model"], name)
     return model.eval(), checkpoint.get("inventories", {})
+
+
+def config_of(what):
+    """The configuration of a checkpoint. Released ones have no config.json that would tell it."""
+    path = locate(what)
+    config = read_config((path if path.is_dir() else path.parent) / "config.json")
+    is_dinosr = path == cache_of(RELEASED["dinosr_base"][1])
+    return replace(config, **dinosr(config.ema_timescale)) if is_dinosr else config
 
 
 # ======== released models ========
@@ -887,24 +847,27 @@ def download(url):
     """The checkpoint, with its config.json if there is one. Nothing that does not load is kept."""
     path = cache_of(url)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several ranks downloads, the others wait for it
+    with open(path.parent / "lock", "w") as file:
+        lock(file)  # one of several ranks downloads, the others wait for it
         if path.exists():
             return path
-        part = path.with_name("part.pt")
+        config, part = path.with_name("config.json"), path.with_name("part.pt")
         try:
-            with contextlib.suppress(urllib.error.HTTPError):  # base has none
-                config = url.rpartition("/")[0] + "/config.json"
-                torch.hub.download_url_to_file(config, path.parent / "config.json", progress=False)
+            try:
+                torch.hub.download_url_to_file(
+                    url.rpartition("/")[0] + "/config.json", config, progress=False)
+                read_config(config)
+            except urllib.error.HTTPError as error:
+                if error.code not in (403, 404):  # these say that there is none: base has none
+                    raise
             print(f"downloading {url} to {path}", file=sys.stderr)
             torch.hub.download_url_to_file(url, part)
             read_checkpoint(part)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
             part.unlink(missing_ok=True)
-            if isinstance(error, InputError):
-                error = "what came is not a checkpoint, or was cut short"
-            raise InputError(f"{url}: {error}. Without a network put the file there by hand: "
-                             f"{path}") from None
+            config.unlink(missing_ok=True)
+            raise InputError(f"{url}: {error or type(error).__name__}. Without a network put the "
+                             f"file there by hand: {path}") from None
         os.replace(part, path)
     return path
 
@@ -921,29 +884,35 @@ def list_released():
 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "base"
-    if name in ("-h", "--help"):
-        return print(__doc__)
     if name == "released":
-        return list_released()
-    require(name in PRESETS, f"{name!r}: released, or one of {', '.join(PRESETS)}")
-    model = SpidR(Config(**PRESETS[name]))
-    c, shapes = model.config, {}
+        list_released()
+    elif name in PRESETS:
+        describe(SpidR(Config(**PRESETS[name])).eval())
+    else:
+        print(__doc__)
 
-    def remember(part, inputs, output):
-        shapes[part] = tuple((output[0] if isinstance(output, tuple) else output).shape)
 
-    parts = {f"convolution {i}": x for i, x in enumerate(model.feature_extractor.conv_layers, 1)}
-    parts |= {"projection": model.feature_projection, "positions": model.student.pos_conv_embed}
-    for i, layer in enumerate(model.student.layers, 1):
+@torch.no_grad()
+def describe(model):
+    """The shape of a second of audio after each part, and the part's parameters."""
+    c = model.config
+
+    def line(name, part, x=None):
+        parameters = sum(p.numel() for p in part.parameters()) / 1e6
+        print(f"{name:30} {'' if x is None else str(tuple(x.shape)):18} {parameters:8.3f} M")
+
+    x = torch.zeros(1, 1, 16000)
+    for i, layer in enumerate(model.feature_extractor.conv_layers, 1):
+        x = layer(x)
+        line(f"convolution {i}", layer, x)
+    x = model.feature_projection(x.mT)
+    line("projection", model.feature_projection, x)
+    line("positions", model.student.pos_conv_embed, model.student.pos_conv_embed(x))
+    for i, (layer, x) in enumerate(zip(model.student.layers, model.student(x)[1]), 1):
         k = i - 1 - c.layers + c.codebooks
-        parts[f"layer {i}" + f", head and codebook {k}" * (k >= 0)] = layer
-    for part in parts.values():
-        part.register_forward_hook(remember)
-    model.encode(torch.zeros(1, 16000))
-    print(f"{name}: what a second of audio becomes, and parameters")
-    for what, part in (parts | {"heads": model.heads, "teacher": model.teacher}).items():
-        millions = sum(p.numel() for p in part.parameters()) / 1e6
-        print(f"{what:30} {str(shapes.get(part, '')):18} {millions:8.3f} M")
+        line(f"layer {i}" + f", head and codebook {k}" * (k >= 0), layer, x)
+    line("heads", model.heads)
+    line("teacher", model.teacher)
 
 
 if __name__ == "__main__":

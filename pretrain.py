@@ -10,11 +10,11 @@ without labels. With --alignments every tenth step is supervised by phones inste
 Each optimizer step, with the equations' numbers in model.py and README.md:
 
     for each micro-batch:  loss, stats = model(wav, mask)           (1) to (4), or (7) with labels
-                           the loss' gradients and the stats are added up
+                           the gradients of the loss and the stats are added up
     over all ranks:        gradients and stats are summed
-    the optimizer moves the student
+    optimizer.step()                                                moves the student
     model.update_codebooks(stats)                                   (5), not after labels
-    model.update_teacher(step)                                      (6)
+    decay = model.update_teacher(step)                              (6)
 
 The run's folder, --out, holds config.json, metrics.jsonl, last.pt, step_N.pt. The same command
 again resumes, on a CPU to the same bits. In a healthy run the loss falls, and target_ppl dips and
@@ -22,7 +22,6 @@ recovers. If target_ppl falls toward 1 and stays, the codebooks have collapsed.
 """
 
 import argparse
-import fcntl
 import itertools
 import json
 import math
@@ -41,8 +40,10 @@ import torch
 import torch.distributed as dist
 
 import data
-import model as spidr
-from model import Config, InputError, SpidR, all_sum, backward_and_sum, barrier, option, require
+import model as networks
+from model import (
+    Config, InputError, SpidR, all_sum, backward_and_sum, barrier, option, read_checkpoint, require,
+    save)
 
 # ======== options ========
 
@@ -55,10 +56,10 @@ class RunOptions:
     out: str = option("runs/pretrain", "the run's folder")
     seed: int = option(0, "of the weights, the order, the crops, the masks and dropout")
     device: str = option("", "cuda, cuda:1, mps or cpu; unless given the best there is")
-    bf16: bool = option(True, "bfloat16 autocast, on GPUs")
+    bf16: bool = option(True, "bfloat16 autocast, on GPUs and on CPUs that have it")
     accumulate: int = option(1, "micro-batches of a step on each rank")
     log_every: int = option(100, "steps between records in metrics.jsonl")
-    restart: bool = option(False, "move the run that is in --out aside and start over")
+    restart: bool = option(False, "rename the run that is in --out, to OUT.1, and start over")
     lr: float = option(5e-4, "peak learning rate")
     lr_floor: float = option(0.01, "part of the peak where warm-up starts and decay ends")
     warmup_steps: int = option(12_000, "linear warm-up")
@@ -80,7 +81,7 @@ class StageOptions(RunOptions):
     batch_samples: int = option(3_800_000, "most samples in a micro-batch (237.5 s)")
     max_samples: int = option(320_000, "longest crop (20 s)")
     min_samples: int = option(2_000, "shortest recording")
-    crop_multiple: int = option(1_600, "crops are cut to a multiple, so that shapes are few")
+    crop_multiple: int = option(1_600, "crops are cut to a multiple of this: few distinct shapes")
     mask_prob: float = option(0.8, "masked spans x span / frames")
     mask_span: int = option(10, "frames of a span")
 
@@ -93,8 +94,8 @@ class Options(StageOptions):
     alignments: str = option("", "phone alignments; with them supervision is interleaved")
     valid: str = option("", "a manifest to report the loss on")
     init: str = option("", "a run or a checkpoint to start from; without one random weights")
-    steps: int = option(400_000, "optimizer steps")
-    freeze_step: int = option(200_000, "from then on the downsampler and projection stand still")
+    steps: int = option(400_000, "optimizer steps; warm-up, hold, decay, freeze_step scale along")
+    freeze_step: int = option(200_000, "from then on the downsampler and projection are frozen")
     supervised_every: int = option(10, "with alignments: one supervised step in so many; 0: none")
     supervised_layer: int = option(8, "whose output the phone classifiers read")
     save_every: int = option(1_000, "steps between checkpoints (last.pt)")
@@ -117,65 +118,72 @@ PRESETS = {
 # ======== the step that every stage shares ========
 
 
-def train_step(model, optimizer, micro_batches, step, lr, o, place, layer=0):
-    """Optimizer step `step`, counted from 1. With a `layer` it is supervised, from that layer.
+def train_step(model, optimizer, micro_batches, step, lr, options, ranks, supervised_layer=None):
+    """Optimizer step `step`, counted from 1. Supervised, where the layer is given whose output the
+    phone classifier reads.
 
-    The loss is a mean over the frames of all micro-batches and ranks. A micro-batch knows the mean
-    over its own frames. So its gradients are weighted by the number of its frames, and the sum of
-    all gradients is divided by the number of all frames. How a batch is spread over ranks and
-    micro-batches then changes nothing but rounding and the draws of dropout."""
+    The loss is a mean over the frames of all micro-batches and ranks. A micro-batch gives the mean
+    over its own frames, so its gradients are weighted by their number, and the sum of all gradients
+    is divided by the number of all frames. How a batch is spread over ranks and micro-batches then
+    changes nothing but rounding and the draws of dropout."""
     optimizer.zero_grad()
-    stats = {}
+    stats = {}  # sums over the frames of all micro-batches, for (5) and the log
     for i, batch in enumerate(micro_batches, 1):
-        wav = batch["wav"].to(place.device, non_blocking=True)
-        with autocast(o, place):
-            if layer:
-                phones = batch["phones"].to(place.device, non_blocking=True)
+        wav = batch["wav"].to(ranks.device, non_blocking=True)
+        with autocast(options, ranks):
+            if supervised_layer:
+                phones = batch["phones"].to(ranks.device, non_blocking=True)
                 loss, part = model.supervised_loss(
-                    wav, batch["mask"], phones, batch["language"], layer)  # (7)
+                    wav, batch["mask"], phones, batch["language"], supervised_layer)  # (7)
             else:
                 loss, part = model(wav, batch["mask"])  # (1) to (4)
         last = i == len(micro_batches)
-        backward_and_sum(loss * part["frames"], model, place.group, last)
+        backward_and_sum(loss * part["frames"], model, ranks.group, last)
         stats = {name: stats.get(name, 0) + value for name, value in part.items()}
-    all_sum(list(stats.values()), place.group)
-    gradients = [p.grad for p in trained(optimizer) if p.grad is not None]
-    metrics = move(optimizer, gradients, stats["frames"], lr, o)
-    if layer:
+    all_sum(list(stats.values()), ranks.group)
+    metrics = average_and_clip(optimizer, stats["frames"], lr, options)
+    optimizer.step()
+    if supervised_layer:
         for name in "phone_loss", "phone_accuracy":
             metrics[name] = stats[name] / stats["frames"]
     else:
         model.update_codebooks(stats)  # (5)
         metrics |= model.health(stats)
-    metrics["ema"] = torch.tensor(model.update_teacher(step))  # (6)
+    decay = model.update_teacher(step)  # (6)
+    metrics["ema"] = torch.tensor(decay)
     return metrics
 
 
-def move(optimizer, gradients, count, lr, o):
-    """The gradients are sums over `count` frames. They are divided by that and clipped, and AdamW
-    takes a step."""
+def average_and_clip(optimizer, count, lr, options):
+    """Makes means of the gradients, which are sums over `count` frames, and clips their norm. If
+    one is not finite, the optimizer will skip its step."""
+    gradients = [p.grad for p in trained(optimizer) if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) / count
-    torch._foreach_mul_(gradients, (o.clip / (norm + 1e-6)).clamp(max=1.0) / count)
-    # If the gradient is not finite on one rank, the sum is not finite on any. So all ranks skip the
-    # step and need not agree on it. found_inf tells the fused AdamW to change nothing. It stays on
-    # the device, so nothing waits for a GPU. The teacher then follows a student that has not moved.
+    torch._foreach_mul_(gradients, (options.clip / (norm + 1e-6)).clamp(max=1.0) / count)
+    # AdamW(fused=True) skips its update where found_inf is 1. That flag is a tensor on the GPU, so
+    # the CPU does not have to wait for it. A sum that is not finite on one rank is not finite on
+    # any, so all ranks skip the same steps.
     skipped = (~norm.isfinite()).float()
     optimizer.found_inf = skipped
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
     return {"grad_norm": norm, "skipped": skipped, "lr": torch.tensor(lr)}
 
 
-def make_optimizer(model, o):
+def make_optimizer(model, options):
     named = model.named_parameters()
     parameters = [p for name, p in named if not name.startswith("teacher.")]
-    return torch.optim.AdamW(parameters, lr=o.lr, betas=tuple(o.betas), eps=o.eps,
-                             weight_decay=o.weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=options.lr, betas=tuple(options.betas),
+                             eps=options.eps, weight_decay=options.weight_decay, fused=True)
 
 
-def lr_at(step, o):
+def trained(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def lr_at(step, options):
     """The rate of step `step`, counted from 0: linear warm-up, hold, exponential decay."""
+    o = options
     if step < o.warmup_steps:
         return o.lr * (o.lr_floor + (1 - o.lr_floor) * step / o.warmup_steps)
     decayed = (step - o.warmup_steps - o.hold_steps) / max(1, o.decay_steps)
@@ -187,70 +195,83 @@ def lr_at(step, o):
 
 def main():
     # ======== options, setup ========
-    o, config = parse_options(Options, PRESETS, Config)
-    place = setup(o)
-    torch.manual_seed(o.seed)
-    model, inventory = initial_model(o, config)
-    check_options(o, model.config)
-    to_device(model, o, place)
+    options, config = parse_options(Options, PRESETS, Config)
+    ranks = setup(options)
+    torch.manual_seed(options.seed)
+    model, inventory = initial_model(options, config)
+    check_options(options, model.config)
+    to_device(model, options, ranks)
 
     # ======== data ========
-    rows, labelled_rows, classes, inventory = read_data(o, place, inventory, o.supervised_every)
-    per_step = place.world * o.accumulate
-    unlabelled = data.Batches(rows, model.config, o, per_step)
+    rows, labelled_rows, classes, inventory = read_data(
+        options, ranks, inventory, options.supervised_every)
+    per_step = ranks.world * options.accumulate
+    unlabelled = data.Batches(rows, model.config, options, per_step)
     labelled = labelled_rows and data.Batches(
-        labelled_rows, model.config, o, per_step, classes, stream=(1,))
-    valid = data.Batches(read_rows(o.valid, o), model.config, o, stream=(2,)) if o.valid else None
+        labelled_rows, model.config, options, per_step, classes, stream=(1,))
+    valid = options.valid and data.Batches(
+        read_rows(options.valid, options), model.config, options, stream=(2,))
 
     # ======== model, optimizer ========
     for language, phones in inventory.items():
         model.add_language(language, len(phones))
-    optimizer = make_optimizer(model, o)
+    networks.send_from_first(model)
+    optimizer = make_optimizer(model, options)
 
     # ======== resume ========
-    first, totals = resume(open_run(o, model, place, rows), model, optimizer)
-    if first >= o.steps:
-        return finished(o, place)
-    log, stop = Log(o, place, o.steps, first, totals), Stop(place)
+    first, totals = resume(open_run(options, model, ranks, rows), model, optimizer)
+    if first >= options.steps:
+        return finished(options, ranks)
+    log, stop = Log(options, ranks, options.steps, first, totals), Stop(ranks)
 
     # ======== loop ========
-    every = o.supervised_every if labelled else o.steps + 1  # of so many the last is supervised
-    had = first // every  # supervised steps before `first`
-    unlabelled = fetch(unlabelled, o, place, first - had, log)
-    labelled = labelled and fetch(labelled, o, place, had, log)
+    supervised_before = first // options.supervised_every if labelled else 0
+    unlabelled_steps = fetch(unlabelled, options, ranks, first - supervised_before, log)
+    labelled_steps = labelled and fetch(labelled, options, ranks, supervised_before, log)
     model.train()
-    for step in range(first, o.steps):
-        if step >= o.freeze_step:
+    for step in range(first, options.steps):
+        if step >= options.freeze_step:
             model.freeze_front_end()
-        done, supervised = step + 1, (step + 1) % every == 0
-        micro_batches = next(labelled if supervised else unlabelled)
-        layer = o.supervised_layer if supervised else 0
-        seed_step(o.seed, step, place.rank)
-        log.add(train_step(model, optimizer, micro_batches, done, lr_at(step, o), o, place, layer))
-        stopping = stop.agreed(done)
-        saving = stopping or done % o.save_every == 0 or is_kept(done, o)
-        if saving and valid:
-            log.add(validate(model, valid, o, place))
-        if saving or done % o.log_every == 0:
-            log.write(done)
-        if saving:
-            save_checkpoint(
-                o, place, model.state_dict(), optimizer, done, log, inventories=inventory)
-        if stopping and done < o.steps:
-            leave(place, done)
-    if place.first:
-        summary(log, f"{o.steps} steps")
-        if not o.manifest:
-            show("extras/toy.py", "table", o.out)
-        print(f"next: python meta_train.py --init {o.out}   or   python extras/page.py")
+        supervised = bool(labelled) and (step + 1) % options.supervised_every == 0
+        micro_batches = next(labelled_steps if supervised else unlabelled_steps)
+        seed_step(options.seed, step, ranks.rank)
+        log.add(train_step(model, optimizer, micro_batches, step + 1, lr_at(step, options), options,
+                           ranks, options.supervised_layer if supervised else None))
+        end_of_step(step + 1, options, ranks, optimizer, log, stop,
+                    lambda: validate(model, valid, options, ranks),
+                    lambda: dict(state=model.state_dict(), inventories=inventory))
+    if ranks.first:
+        summary(log, f"{options.steps} steps")
+        if not options.manifest:
+            show("extras/toy.py", "table", options.out)
+        print(f"next: python meta_train.py --init {options.out}   or   python extras/page.py")
+
+
+def end_of_step(done, options, ranks, optimizer, log, stop, validate, contents):
+    """After each step of a loop: what is due of validation, the log and a checkpoint, which holds
+    contents()."""
+    stopping = stop.agreed(done)
+    saving = stopping or done % options.save_every == 0 or is_kept(done, options)
+    if saving:
+        log.add(validate())
+    if saving or done % options.log_every == 0:
+        log.write(done)
+    if saving:
+        save_checkpoint(options, ranks, optimizer, done, log, **contents())
+    if stopping and done < options.steps:
+        barrier()  # the first rank has saved
+        if ranks.first:
+            print(f"stopped at step {done}; the same command resumes there")
+        sys.exit(143)
 
 
 # ======== plumbing: skip at first reading ========
 
 SCHEDULE = {"warmup_steps", "hold_steps", "decay_steps", "freeze_step"}
-# No number is negative, and these are not 0.
+# Numbers must be at least 0, and these must be more.
 POSITIVE = ("steps accumulate log_every save_every crop_multiple mask_span lr clip eps workers "
             "updates inner_steps").split()
+COLLAPSED = 0.5  # usage_entropy: as if fewer than the square root of all codewords were in use
 # What may change when a run resumes: it computes the same, but for rounding and dropout. (If
 # compiled, weight decay also shrinks the norm behind the last layer, which nothing reads.)
 FREE = ("out device compile loaders log_every save_every keep_every restart accumulate items "
@@ -283,49 +304,54 @@ def parse_options(options, presets, config=None, argv=None):
     mine = {name: value for name, value in given.items() if hasattr(options, name)}
     sizes = {name: value for name, value in given.items() if name not in mine}
     usual = options(**presets[preset])
-    o = replace(usual, **mine | dict(preset=preset))
-    if o.steps and usual.steps:  # a longer or shorter run stretches its schedule along
-        for name in SCHEDULE & (vars(o).keys() - mine.keys()):
-            setattr(o, name, round(getattr(usual, name) * (o.steps / usual.steps)))
-    return o, config and config(**spidr.PRESETS[preset] | sizes)
+    chosen = replace(usual, **mine | dict(preset=preset))
+    if chosen.steps and usual.steps:  # a longer or shorter run stretches its schedule along
+        for name in SCHEDULE & (vars(chosen).keys() - mine.keys()):
+            setattr(chosen, name, round(getattr(usual, name) * (chosen.steps / usual.steps)))
+    if not config:
+        return chosen, None
+    usual = networks.PRESETS[preset]
+    if sizes.get("objective") == "dinosr":
+        usual = usual | networks.dinosr(config(**usual).ema_timescale)
+    try:
+        return chosen, config(**usual | sizes)
+    except (TypeError, ArithmeticError) as error:
+        raise InputError(f"the network's sizes do not fit: {error}") from None
 
 
 def preset_of(init):
     """The preset whose network a run or checkpoint has. Its numbers are made for that size."""
-    path = spidr.locate(init)
-    if init and path.exists():
-        folder = path if path.is_dir() else path.parent
-        sizes = {Config(**changes).dim: name for name, changes in spidr.PRESETS.items()}
-        return sizes.get(spidr.read_config(folder / "config.json").dim)
+    if init and networks.locate(init).exists():
+        sizes = {Config(**changes).dim: name for name, changes in networks.PRESETS.items()}
+        return sizes.get(networks.config_of(init).dim)
 
 
-def check_optimizer(o):
-    for name, value in vars(o).items():
+def check_numbers(options):
+    for name, value in vars(options).items():
         if isinstance(value, (int, float)):
             fits = value > 0 or value == 0 and name not in POSITIVE
             require(fits, f"--{name.replace('_', '-')} {value}: too small")
-    fit = np.shape(o.betas) == (2,) and 0 <= min(o.betas) and max(o.betas) < 1
-    require(fit, f"--betas {o.betas}: a list of two numbers in [0, 1)")
-    require(0 <= o.lr_floor <= 1, f"--lr-floor {o.lr_floor}: from 0 to 1")
+    betas = np.shape(options.betas) == (2,) and 0 <= min(options.betas) <= max(options.betas) < 1
+    require(betas, f"--betas {options.betas}: a list of two numbers in [0, 1)")
 
 
-def check_options(o, config):
-    check_optimizer(o)
+def check_options(options, config):
+    check_numbers(options)
+    o, layer = options, getattr(options, "supervised_layer", 1)
     require(0 < o.mask_prob < 1, f"--mask-prob {o.mask_prob}: between 0 and 1")
-    layer = getattr(o, "supervised_layer", 1)
     require(1 <= layer <= config.layers, f"--supervised-layer {layer}: from 1 to {config.layers}")
     require(o.min_samples <= o.max_samples <= o.batch_samples,
             f"--min-samples {o.min_samples}, --max-samples {o.max_samples}, --batch-samples "
             f"{o.batch_samples}: none may be larger than the next")
-    require(spidr.num_frames(o.min_samples, config) >= 2,
-            f"--min-samples {o.min_samples} makes no two frames")
+    require(networks.num_frames(o.min_samples, config) >= 2,
+            f"--min-samples {o.min_samples}: too short for two frames")
 
 
-# ======== where a process stands ========
+# ======== ranks and devices ========
 
 
 @dataclass
-class Place:
+class Ranks:
     """This process among the ranks of its group, which share every batch."""
 
     rank: int
@@ -338,27 +364,35 @@ class Place:
         return self.rank == 0
 
 
-def setup(o):
+def setup(options):
     env = os.environ.get  # torchrun's
     world, rank, local = int(env("WORLD_SIZE", 1)), int(env("RANK", 0)), int(env("LOCAL_RANK", 0))
     try:
-        device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(options.device or best)
         if device.type == "cuda":
             device = torch.device("cuda", local if device.index is None else device.index)
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")  # float32 products may use TF32
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {o.device}: {str(error).splitlines()[0]}") from None
+        message = str(error).splitlines()[0]
+        raise InputError(f"--device {options.device}: {message}") from None
     if world > 1:
-        spidr.die_with_parent(signal.SIGTERM)  # torchrun may be killed
+        networks.die_with_parent(signal.SIGTERM)  # torchrun may be killed
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Place(rank, world, device)
+    return Ranks(rank, world, device)
 
 
-def autocast(o, place):
-    on_gpu = place.device.type == "cuda"
-    return torch.autocast(place.device.type, torch.bfloat16, enabled=o.bf16 and on_gpu)
+def autocast(options, ranks):
+    return torch.autocast(ranks.device.type, torch.bfloat16,
+                          enabled=options.bf16 and has_bf16(ranks.device))
+
+
+def has_bf16(device):
+    """GPUs do. Of CPUs those that have the instructions: the others would only imitate them."""
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return device.type == "cuda" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def seed_step(*numbers):
@@ -366,99 +400,102 @@ def seed_step(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
-def to_device(model, o, place):
-    """There, and as fast as it can be there."""
-    model.to(place.device)
-    spidr.faster(model)
-    if o.compile:
-        # Layers of the same shapes share their code. There is a graph for each combination of: the
-        # first shape or any other, a batch of one or more, with or without gradient. After eight
-        # torch would not compile any more.
-        torch._dynamo.config.recompile_limit = 64
-        options = {
-            # By default the backward pass writes GELU's input, in float32, to read it back.
-            "realize_reads_threshold": 8,
-            # Fails (torch 2.11, on GPUs) once the batch's size and its length have varied.
-            "triton.coalesce_tiling_analysis": False}
-        for part in model.modules():
-            if isinstance(part, (spidr.Downsampler, spidr.PositionalConv, spidr.Layer)):
-                part.compile(options=options)
-        model.targets = torch.compile(model.targets, options=options)
+def to_device(model, options, ranks):
+    """Moves the model to its device, and compiles it if asked to."""
+    model.to(ranks.device)
+    if not options.compile:
+        return
+    # Layers of the same shapes share their code. There is a graph for each combination of: the
+    # first shape or any other, a batch of one or more, with or without gradient. After eight torch
+    # would not compile any more.
+    torch._dynamo.config.recompile_limit = 64
+    how = {
+        # By default the backward pass writes GELU's input, in float32, to read it back.
+        "realize_reads_threshold": 8,
+        # Torch 2.11 ends with an assertion, seen in the code it makes for GPUs, once the batch's
+        # size and its length have varied.
+        "triton.coalesce_tiling_analysis": False}
+    for part in model.modules():
+        if isinstance(part, (networks.Downsampler, networks.PositionalConv, networks.Layer)):
+            part.compile(options=how)
+    model.targets = torch.compile(model.targets, options=how)
 
 
-# ======== model, optimizer, data ========
+# ======== model and data ========
 
 
-def initial_model(o, config):
+def initial_model(options, config):
     """A new network or that of --init, and its phone inventories."""
-    if not o.init:
+    if not options.init:
         return SpidR(config), {}
-    training = "codebook_decay", "ema_start", "ema_timescale", "ema_threshold", "layer_drop"
+    training = ("codebook_decay ema_start ema_schedule ema_timescale ema_threshold ema_stop "
+                "layer_drop").split()
     changes = {name: getattr(config, name) for name in training}
-    require(config == Config(**spidr.PRESETS[o.preset] | changes),
+    require(config == Config(**networks.PRESETS[options.preset] | changes),
             f"--init brings its own network: of Config only {', '.join(changes)}")
-    return spidr.load_init(o.init, **changes)
+    return networks.load_init(options.init, **changes)
 
 
-def trained(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def make_toy(o, place, part):
+def make_toy(options, ranks, part):
     """A part of the toy world, if it is not there."""
-    if place.first:
+    if ranks.first:
         from extras.toy import toy
-        toy(o.toy, [part])
+        toy(options.toy, [part])
     barrier()
 
 
-def read_rows(manifest, o):
-    return data.check_audio(data.read_manifest(manifest), o.min_samples)
+def read_rows(manifest, options):
+    return data.check_audio(data.read_manifest(manifest), options.min_samples)
 
 
-def read_data(o, place, inventory, supervised):
+def read_data(options, ranks, inventory, supervised):
     """All recordings; the labelled ones; their phones as classes; the phone inventories."""
-    manifest, alignments = o.manifest, o.alignments
+    manifest, path = options.manifest, options.alignments
     if not manifest:
-        make_toy(o, place, "train")
-        manifest = Path(o.toy) / "train.csv"
-        alignments = alignments or Path(o.toy) / "train_alignments.csv"
-    rows = read_rows(manifest, o)
-    if not (alignments and supervised):
+        make_toy(options, ranks, "train")
+        manifest = Path(options.toy) / "train.csv"
+        path = path or Path(options.toy) / "train_alignments.csv"
+    rows = read_rows(manifest, options)
+    if not (path and supervised):
         return rows, [], {}, inventory
-    found = data.read_alignments(alignments, {row.fileid: row.language for row in rows})
-    labelled = data.aligned_rows(rows, found, alignments)
-    inventory = data.inventories(found) | inventory
-    classes, unknown = data.phone_classes(found, inventory)
-    if unknown and place.first:
-        print(f"{alignments}: {unknown} frames of unknown phones are ignored", file=sys.stderr)
-    return rows, labelled, classes, inventory
+    alignments = data.read_alignments(path, {row.fileid: row.language for row in rows})
+    labelled_rows = data.aligned_rows(rows, alignments, path)
+    inventory = data.inventories(alignments) | inventory
+    classes, unknown = data.phone_classes(alignments, inventory)
+    if unknown and ranks.first:
+        print(f"{path}: {unknown} frames of unknown phones are ignored", file=sys.stderr)
+    return rows, labelled_rows, classes, inventory
 
 
-def fetch(batches, o, place, first, log):
+def fetch(batches, options, ranks, first, log):
     """Yields the micro-batches of this rank for one step after the other, from `first` on."""
-    start = first * o.accumulate * place.world + place.rank
+    start = first * options.accumulate * ranks.world + ranks.rank
     loader = iter(torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=itertools.count(start, place.world),
-        num_workers=o.loaders, prefetch_factor=4 if o.loaders else None,
-        pin_memory=place.device.type == "cuda", worker_init_fn=data.loader_init,
+        batches, batch_size=None, sampler=itertools.count(start, ranks.world),
+        num_workers=options.loaders, prefetch_factor=4 if options.loaders else None,
+        pin_memory=ranks.device.type == "cuda", worker_init_fn=data.loader_init,
         # Forked loaders are children of this process, and end with it.
-        multiprocessing_context="fork" if o.loaders else None))
+        multiprocessing_context="fork" if options.loaders else None))
     while True:
-        micro_batches = list(itertools.islice(loader, o.accumulate))
+        try:
+            micro_batches = list(itertools.islice(loader, options.accumulate))
+        except ConnectionResetError:  # a loader has ended in the middle of a message
+            raise EOFError from None
         log.hear(micro_batches)
         yield micro_batches
 
 
 @torch.no_grad()
-def validate(model, batches, o, place):
-    """The health of the model on the first batches of held-out audio, whose crops and masks stay
-    the same. All ranks compute it, so that none has to tell the others."""
+def validate(model, batches, options, ranks):
+    """The health of the model on the first batches of held-out audio, if there is any. Their crops
+    and masks stay the same. All ranks compute it, so that none has to tell the others."""
+    if not batches:
+        return {}
     model.eval()
     stats = {}
     for i in range(min(20, batches.per_epoch)):
-        with autocast(o, place):
-            _, part = model(batches[i]["wav"].to(place.device), batches[i]["mask"])
+        with autocast(options, ranks):
+            _, part = model(batches[i]["wav"].to(ranks.device), batches[i]["mask"])
         stats = {name: stats.get(name, 0) + value for name, value in part.items()}
     model.train()
     health = model.health(stats)
@@ -468,26 +505,25 @@ def validate(model, batches, o, place):
 # ======== the run's folder ========
 
 
-def open_run(o, model, place, rows=(), about=None):
+def open_run(options, model, ranks, rows=(), about=None):
     """Opens the run's folder, a new one or one to go on with. Then options and audio have to be the
     same. Returns the checkpoint to go on from, or None. `about` describes what is trained; by
     default it is the model's configuration."""
-    out, described = Path(o.out), Path(o.out, "config.json")
-    on_gpu = place.device.type == "cuda"
+    out, described = Path(options.out), Path(options.out, "config.json")
+    on_gpu = ranks.device.type == "cuda"
     record = {
-        "options": asdict(o), "model": about or spidr.released_config(model.config),
-        "ranks": place.world,
+        "options": asdict(options), "model": about or networks.released_config(model.config),
+        "ranks": ranks.world,
         "audio": {"recordings": len(rows), "samples": sum(row.num_samples for row in rows)},
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "commit": subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>&-"),
-        "torch": torch.__version__, "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(place.device) if on_gpu else str(place.device),
+        "commit": commit(), "torch": torch.__version__, "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(ranks.device) if on_gpu else str(ranks.device),
     }
     record = json.loads(json.dumps(record))  # as it will be read again
-    if place.first:
-        claim(out, o.restart)
+    if ranks.first:
+        claim(out, options.restart)
     barrier()
-    advice = "give another --out, or --restart"
+    checkpoints, advice = list(out.glob("*.pt")), "give another --out, or --restart"
     if described.exists():
         try:
             old = comparable(json.loads(described.read_text()))
@@ -498,13 +534,26 @@ def open_run(o, model, place, rows=(), about=None):
         require(not differs,
                 f"{out} holds a run of other options or audio: {advice}. {'; '.join(differs)}")
         if (out / "last.pt").exists():
-            return spidr.read_checkpoint(out / "last.pt")[1]
-    require(not list(out.glob("*.pt")), f"{out} holds checkpoints that nothing describes: {advice}")
+            return read_checkpoint(out / "last.pt")[1]
+        # Killed before or within its first save, of which last.pt is written last.
+        kept = [path for path in checkpoints if path.name.startswith("step_")]
+        require(len(kept) <= 1, f"{out} has lost its last.pt: {advice}")
+    else:
+        require(not checkpoints, f"{out} holds checkpoints, but no config.json: {advice}")
     barrier()
-    if place.first:
+    if ranks.first:
         write_text(described, json.dumps(record, indent=1))
         write_text(out / "metrics.jsonl", json.dumps({"step": 0, **record}) + "\n")
     return None
+
+
+def commit():
+    """The commit of this code, if git knows it."""
+    try:
+        command = "git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def comparable(record):
@@ -514,19 +563,19 @@ def comparable(record):
     return {name: value for name, value in everything.items() if name not in FREE}
 
 
-def claim(out, restart, held={}):
+LOCKED = []  # the open files that this process has locked: closing one would free its lock
+
+
+def claim(out, restart):
     """One run writes to a folder. The system frees the lock when the process ends, however."""
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "lock", "a+")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    if not networks.lock(file, wait=False):
         file.seek(0)
-        writer = file.read()
-        raise InputError(f"{out} is being written by {writer}: give another --out") from None
+        raise InputError(f"{out} is being written by {file.read()}: give another --out")
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
-    held[str(out)] = file  # closing it would free the lock
+    LOCKED.append(file)
     if restart and [*out.glob("*.json*"), *out.glob("*.pt")]:
         number = next(i for i in itertools.count(1) if not Path(f"{out}.{i}").exists())
         os.rename(out, f"{out}.{number}")
@@ -550,17 +599,18 @@ def resume(checkpoint, model, optimizer, name="model"):
     return checkpoint["step"], checkpoint["totals"]
 
 
-def is_kept(done, o):
-    return done == o.steps or bool(o.keep_every) and done % o.keep_every == 0
+def is_kept(done, options):
+    every = options.keep_every
+    return done == options.steps or bool(every) and done % every == 0
 
 
-def save_checkpoint(o, place, state, optimizer, done, log, **more):
-    if place.first:
-        out, more = Path(o.out), dict(step=done, **more)
-        if is_kept(done, o):
-            spidr.save(out / f"step_{done}.pt", state, **more)
+def save_checkpoint(options, ranks, optimizer, done, log, state, **more):
+    if ranks.first:
+        out, more = Path(options.out), dict(step=done, **more)
+        if is_kept(done, options):
+            save(out / f"step_{done}.pt", state, **more)
         moments = optimizer.state_dict()
-        spidr.save(out / "last.pt", state, optimizer=moments, totals=log.totals, **more)
+        save(out / "last.pt", state, optimizer=moments, totals=log.totals, **more)
 
 
 # ======== the log ========
@@ -569,22 +619,27 @@ def save_checkpoint(o, place, state, optimizer, done, log, **more):
 class Log:
     """Now and then a record, on the screen and in metrics.jsonl: the means since the last one."""
 
-    def __init__(self, o, place, length, first, totals):
-        self.o, self.place, self.length = o, place, length
-        self.path = Path(o.out) / "metrics.jsonl"
+    def __init__(self, options, ranks, length, first, totals, advice=""):
+        self.options, self.ranks, self.length, self.advice = options, ranks, length, advice
+        self.path = Path(options.out) / "metrics.jsonl"
         self.totals = totals or dict(
             seconds=0.0, audio_seconds=0.0, skipped=0, skipped_in_a_row=0, bad_recordings=0)
         self.metrics, self.record, self.told, self.began = [], {}, set(), time.time()
         self.heard = torch.zeros(2, dtype=torch.float64)  # samples, bad recordings
-        if place.first:
+        self.times = []  # of the first steps
+        if ranks.first:
             # What was logged after the last checkpoint comes again.
             lines = self.path.read_text().splitlines(keepends=True)
-            write_text(self.path, "".join(x for x in lines if step_of(x) <= first))
-            where = f"{place.world} x {place.device}" + f", from step {first}" * bool(first)
-            print(f"{o.out}: {o.preset}, {length} steps on {where}", flush=True)
+            write_text(self.path, "".join(line for line in lines if step_of(line) <= first))
+            decay = options.warmup_steps + options.hold_steps
+            print(f"{options.out}: {options.preset}, {length} steps, rate {options.lr} (warm-up of "
+                  f"{options.warmup_steps} steps"
+                  + f", decay from step {decay}" * (decay < options.steps)
+                  + f") on {ranks.world} x {ranks.device}"
+                  + f", from step {first}" * bool(first), flush=True)
 
-    def hear(self, batches):
-        for batch in batches:
+    def hear(self, micro_batches):
+        for batch in micro_batches:
             self.heard += torch.tensor([batch["wav"].numel(), len(batch["bad"])])
             for path, message in batch["bad"]:
                 if path not in self.told:
@@ -594,6 +649,12 @@ class Log:
     def add(self, metrics):
         """Nothing waits for a GPU here."""
         self.metrics.append(metrics)
+        if len(self.times) < 6 and "grad_norm" in metrics:
+            self.times.append(time.time())
+            left = (self.times[-1] - self.times[0]) / 5 * self.length  # the first is often slower
+            if len(self.times) == 6 and left > 1800 and self.ranks.first:
+                print(f"{self.length} steps will take about {left / 3600:.1f} h. {self.advice}",
+                      flush=True)
 
     def write(self, step):
         """Every rank has to call it, because it sums what all ranks heard. Skipped steps need no
@@ -607,9 +668,9 @@ class Log:
             totals["skipped"] += int(skipped)
             totals["skipped_in_a_row"] = (totals["skipped_in_a_row"] + 1) * int(skipped)
             require(totals["skipped_in_a_row"] < 20, f"20 steps in a row up to step {step} had no "
-                    f"finite gradient: stopped; the checkpoint in {self.o.out} is from before. "
-                    "Lower the learning rate, or look at the recordings")
-        samples, bad = all_sum([self.heard.to(self.place.device, torch.float32)])[0].tolist()
+                    f"finite gradient; the checkpoint in {self.options.out} is from before. Lower "
+                    "the learning rate, or look at the recordings")
+        samples, bad = all_sum([self.heard.to(self.ranks.device, torch.float32)])[0].tolist()
         seconds, audio = time.time() - self.began, samples / data.SAMPLE_RATE
         totals["seconds"] += seconds
         totals["audio_seconds"] += audio
@@ -617,18 +678,21 @@ class Log:
         self.record = {"step": step, **means, "audio_s_per_s": audio / seconds, **totals}
         self.metrics, self.began = [], time.time()
         self.heard.zero_()
-        if not self.place.first:
-            return
-        # JSON knows neither NaN nor infinity.
-        record = {name: x if math.isfinite(x) else None for name, x in self.record.items()}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        shown = ("meta_update relative_delta loss target_ppl accuracy phone_loss phone_accuracy "
+        if self.ranks.first:
+            # JSON knows neither NaN nor infinity.
+            self.record = {n: x if math.isfinite(x) else None for n, x in self.record.items()}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(self.record) + "\n")
+            self.show(step)
+
+    def show(self, step):
+        names = ("meta_update relative_delta loss target_ppl accuracy phone_loss phone_accuracy "
                  "valid_loss lr audio_s_per_s").split()
-        words = [f"{name} {record[name]:.4g}" for name in shown if record.get(name)]
-        if means.get("target_ppl", 9) < 2:
+        words = [f"{name} {self.record[name]:.4g}" for name in names if self.record.get(name)]
+        usage = self.record.get("usage_entropy")
+        if usage is not None and usage < COLLAPSED:
             words.append("(warning: the codebooks are collapsing)")
-        left = totals["seconds"] / max(1, step) * (self.length - step) / 60
+        left = self.totals["seconds"] / max(1, step) * (self.length - step) / 60
         print(f"step {step}/{self.length}", *words, f"{left:.1f} min left", flush=True)
 
 
@@ -646,8 +710,8 @@ class Stop:
     """After SIGTERM or Ctrl-C the ranks agree on a step, save and leave. A second Ctrl-C leaves
     at once."""
 
-    def __init__(self, place):
-        self.place, self.asked = place, False
+    def __init__(self, ranks):
+        self.ranks, self.asked = ranks, False
         signal.signal(signal.SIGTERM, self.ask)
         signal.signal(signal.SIGINT, self.ask)
 
@@ -657,34 +721,27 @@ class Stop:
         self.asked = True
 
     def agreed(self, step):
-        if self.place.world == 1:
+        if self.ranks.world == 1:
             return self.asked
         if step % 10:  # to agree is to wait for the GPU: not at every step
             return False
-        asked = torch.tensor(float(self.asked), device=self.place.device)
+        asked = torch.tensor(float(self.asked), device=self.ranks.device)
         return all_sum([asked])[0].item() > 0
 
 
-def leave(place, step):
-    barrier()  # the first rank has saved
-    if place.first:
-        print(f"stopped at step {step}; the same command resumes there")
-    sys.exit(143)
-
-
-def finished(o, place):
-    if place.first:
-        print(f"{o.out}: finished; nothing to do")
+def finished(options, ranks):
+    if ranks.first:
+        print(f"{options.out}: finished; nothing to do")
 
 
 def summary(log, what):
     """What a stage has done, how long it took and how it ended."""
-    t, out = log.totals, log.o.out
+    t, out = log.totals, log.options.out
     hours, minutes = t["audio_seconds"] / 3600, t["seconds"] / 60
     print(f"{out}: {what}, {hours:.1f} h of audio, {minutes:.1f} min; {t['skipped']} steps "
           f"skipped, {t['bad_recordings']} recordings skipped")
     shown = "loss target_ppl pred_ppl accuracy active phone_accuracy valid_loss".split()
-    print("last:", *(f"{name} {log.record[name]:.3f}" for name in shown if name in log.record))
+    print("last:", *(f"{name} {log.record[name]:.3f}" for name in shown if log.record.get(name)))
 
 
 def show(script, *arguments):
@@ -693,10 +750,10 @@ def show(script, *arguments):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("$ python", script, *arguments, flush=True)
     done = subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments],
-                          preexec_fn=lambda: spidr.die_with_parent(signal.SIGTERM))
+                          preexec_fn=lambda: networks.die_with_parent(signal.SIGTERM))
     if done.returncode:
         sys.exit(done.returncode)
 
 
 if __name__ == "__main__":
-    spidr.run(main)
+    networks.run(main)

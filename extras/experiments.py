@@ -27,7 +27,7 @@ import torch
 
 import data
 import evaluate
-import model as spidr
+import model as networks
 import pretrain
 from extras import page, toy
 
@@ -42,7 +42,7 @@ def run(script, *words):
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     with open(RUNS / "log.txt", "a") as log:
         log.write(done.stderr)
-    spidr.require(done.returncode == 0, f"{script} failed: {done.stderr.strip()[-300:]}")
+    networks.require(done.returncode == 0, f"{script} failed: {done.stderr.strip()[-300:]}")
     return done.stdout
 
 
@@ -80,6 +80,8 @@ def then(init, seed, method, *more, name=""):
         run("pretrain.py", *common, "--steps", 600, "--supervised-every", 3, "--lr", 1e-3)
     elif method == "single":
         run("meta_train.py", *common, "--workers", 1, "--updates", 20)
+    elif method == "maml":
+        run("extras/maml.py", *common)
     else:
         run("meta_train.py", *common, "--method", method)
     return out
@@ -172,7 +174,7 @@ def labels(seed):
 @torch.no_grad()
 def teacher_labels(checkpoint):
     """The teacher's labels [K, frames] of a few recordings of the unseen languages."""
-    net, labels = spidr.load(checkpoint).eval(), []
+    net, labels = networks.load(checkpoint).eval(), []
     for language in toy.TARGETS:
         for row in data.read_manifest(TOY / "eval" / f"{language}.csv")[:4]:
             wav = data.standardise(data.read_audio(row.path))[None]
@@ -236,7 +238,7 @@ def grid(seed):
         try:
             model = then(init, seed, "foblo", "--updates", 5, "--beta", beta, "--inner-steps",
                          inner, "--ema-start", decay, name=f"-{beta}-{inner}-{decay}")
-        except spidr.InputError as error:
+        except networks.InputError as error:
             if "finite gradient" not in str(error):
                 raise
             record("grid", key, {"diverged": True})
@@ -253,8 +255,8 @@ FOLLOW = (2, 8), [  # inner steps; method, meta-updates, beta
 
 
 def measured(model, seed, inner, outer, *more):
-    """What meta_train.py --measure prints, as dicts."""
-    printed = run("meta_train.py", "--measure", "--init", model, "--seed", seed,
+    """What extras/maml.py --measure prints, as dicts."""
+    printed = run("extras/maml.py", "--measure", "--init", model, "--seed", seed,
                   "--inner-steps", inner, "--outer-steps", outer, *more)
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 
@@ -505,4 +507,4 @@ def main():
 
 
 if __name__ == "__main__":
-    spidr.run(main)
+    networks.run(main)

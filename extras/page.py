@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
 import evaluate
-import model as spidr
+import model as networks
 from evaluate import (
     RATE, TASKS, count_table, labelled_tracks, load_encoder, options_of, quality, read_phones,
     read_recording, run_pairs, spidr_encoder, train_lm, units_of, write_json, write_outputs)
@@ -54,7 +54,7 @@ def report():
     name, run = next(iter(runs.items()))
     world = toy(options_of(run)["toy"], ["eval", "lm"])
     torch.manual_seed(options_of(run)["seed"])
-    fresh = spidr.SpidR(spidr.read_config(run / "config.json")).eval()
+    fresh = networks.SpidR(networks.read_config(run / "config.json")).eval()
     encoders = {"untrained": spidr_encoder("untrained", fresh)} | toy_encoders(runs)
     tables = toy_table(world, encoders, every=True)
 
@@ -288,4 +288,4 @@ def main():
 
 
 if __name__ == "__main__":
-    spidr.run(main)
+    networks.run(main)

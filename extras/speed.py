@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import model as spidr
+import model as networks
 import pretrain
 
 
 def ours(preset, wav, masked, o, place):
     """A function of i that makes training step i."""
     torch.manual_seed(0)
-    model = spidr.SpidR(spidr.Config(**spidr.PRESETS[preset])).train()
+    model = networks.SpidR(networks.Config(**networks.PRESETS[preset])).train()
     pretrain.to_device(model, o, place)
     optimizer = pretrain.make_optimizer(model, o)
     batch = {"wav": wav, "mask": masked}
@@ -43,7 +43,7 @@ def theirs(preset, wav, masked, o, place):
     from spidr.optimizer import build_optimizer
 
     known = {field.name for field in dataclasses.fields(SpidRConfig)}
-    config = spidr.released_config(spidr.Config(**spidr.PRESETS[preset]))
+    config = networks.released_config(networks.Config(**networks.PRESETS[preset]))
     model = SpidR(SpidRConfig(**{k: v for k, v in config.items() if k in known}))
     model = model.to(place.device).train()
     kind = "bfloat16" if place.device.type == "cuda" else "float32"
@@ -69,11 +69,12 @@ def theirs(preset, wav, masked, o, place):
 
 def batch_of(shape, device):
     """The preset of a shape; noise; a mask of half of each recording's frames."""
-    match, frames = re.fullmatch(rf"({'|'.join(spidr.PRESETS)}):(\d+)x(\d+\.?\d*)", shape), 0
+    match, frames = re.fullmatch(rf"({'|'.join(networks.PRESETS)}):(\d+)x(\d+\.?\d*)", shape), 0
     if match:
         preset, size, samples = match[1], int(match[2]), round(float(match[3]) * 16_000)
-        frames = spidr.num_frames(samples, spidr.Config(**spidr.PRESETS[preset]))
-    spidr.require(frames >= 2 and size >= 1, f"{shape}: preset:batch x seconds, such as base:2x5")
+        frames = networks.num_frames(samples, networks.Config(**networks.PRESETS[preset]))
+    networks.require(
+        frames >= 2 and size >= 1, f"{shape}: preset:batch x seconds, such as base:2x5")
     some = torch.rand(size, frames).argsort(1)[:, : frames // 2]
     mask = torch.zeros(size, frames, dtype=torch.bool).scatter_(1, some, True)
     return preset, torch.randn(size, samples, device=device), mask
@@ -126,7 +127,7 @@ def compare(shape, makers, o, place, rounds, steps):
         cells.append(f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     if on_gpu:
         cells.append(" and ".join(f"{gib:.1f} GiB" for gib in peak.values()))
-        work = flops(spidr.Config(**spidr.PRESETS[preset]), *wav.shape)
+        work = flops(networks.Config(**networks.PRESETS[preset]), *wav.shape)
         cells += [f"{name} {work / median(times['ours']) / best:.1%}"
                   for name, best in PEAK.items() if name in torch.cuda.get_device_name()]
     if place.first:
@@ -156,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    spidr.run(main)
+    networks.run(main)
