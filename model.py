@@ -686,7 +686,9 @@ def send_from_first(model):
     """All ranks begin with the first one's weights: unlike machines may have made unlike ones."""
     if dist.is_initialized():
         for t in model.state_dict().values():
-            dist.broadcast(t, 0)
+            message = t.contiguous()
+            dist.broadcast(message, 0)
+            t.copy_(message)
 
 
 # ======== load and save ========

@@ -1,8 +1,12 @@
 """pytest test_smoke.py: what the repository promises, on tiny networks and a CPU."""
 
 import contextlib
+import dataclasses
+import datetime
+import errno
 import http.server
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -74,7 +78,8 @@ def call(script, *args, at=0, do=None):
     the optimizer step `at`, counted from here, something is done with the model."""
     def show(name, *words):
         print("$ python", name, *words)
-        assert call(module_of(name), *words) == 0
+        if status := call(module_of(name), *words):
+            sys.exit(status)
 
     def update_teacher(model, step, update=SpidR.update_teacher, calls=itertools.count(1)):
         if next(calls) == at:
@@ -268,6 +273,47 @@ def test_the_same_in_float64_and_after_ten_steps(g, float64):
     near([m["loss"].item(), *norms], g["tenth"], 1e-7)
 
 
+def test_the_gradient_is_averaged_and_clipped():
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([p], lr=1)
+    for clip, expected in (10, [3, 4]), (1, [0.6, 0.8]):
+        p.grad = torch.tensor([6.0, 8.0])  # sums over two frames
+        metrics = pretrain.average_and_clip(optimizer, 2, 0.1, pretrain.Options(clip=clip))
+        near(p.grad, expected)
+        assert metrics["grad_norm"] == 5 and metrics["skipped"] == 0
+    p.grad = torch.tensor([math.nan, 1])
+    assert pretrain.average_and_clip(optimizer, 2, 0.1, pretrain.Options())["skipped"] == 1
+
+
+def test_how_codebooks_begin():
+    codebook = networks.Codebook(Config(dim=16, codewords=40, heads=1))
+    assert (codebook.counts == 1).all() and codebook.codebook.std() > 0.9
+    near(codebook.codebook.mean(0) + 1, np.ones(16), 1e-5)
+    near(codebook.codebook.var(0, correction=0), np.ones(16), 1e-4)
+
+
+@torch.no_grad()
+def test_layer_drop_skips_the_stream_but_not_the_output():
+    model, x = formula_model(layers=2).student, s(320, 0).view(1, 10, 32)
+    outputs = {}
+    for drop in 0.0, 0.999999:
+        model.layer_drop = drop
+        for mode in True, False:
+            outputs[drop, mode] = model.train(mode)(x)
+    begin = model.layer_norm(x + model.pos_conv_embed(x))
+    torch.testing.assert_close(outputs[0.999999, True][0], begin)  # neither layer has changed it
+    second = model.layers[1](begin)[1]
+    torch.testing.assert_close(outputs[0.999999, True][1][1], second)  # though both have outputs
+    for drop in 0.0, 0.999999:  # and nothing is dropped where nothing is trained
+        torch.testing.assert_close(outputs[drop, False][0], outputs[0.0, True][0])
+
+
+def test_the_teacher_hears_no_dropout():
+    model, batch = formula_model(projection_dropout=0.5).train(), formula_batch(8000)
+    x, y = (model.masked_frames(batch["wav"], batch["mask"]) for _ in range(2))
+    assert torch.equal(x[1], y[1]) and not torch.equal(x[0][0], y[0][0])
+
+
 def test_a_forward_pass_moves_nothing():
     model, batch = formula_model(norm="group_norm").train(), formula_batch(12345)
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -303,6 +349,35 @@ def test_padding_changes_nothing(norm, float64):
                 assert (batched[b, : alone.shape[1]] - alone[0]).norm() < 1e-11 * alone.norm()
 
 
+# The section "model" of a config.json as the released code (0.1.4) writes it.
+RELEASED_CONFIG = """{"extractor_mode": "group_norm", "extractor_conv_bias": true,
+"extractor_conv_layer_config": [[16, 10, 5], [16, 4, 4], [16, 4, 4], [16, 4, 4]],
+"encoder_embed_dim": 32, "encoder_projection_dropout": 0.01, "encoder_pos_conv_kernel": 57,
+"encoder_pos_conv_groups": 8, "encoder_pos_conv_depth": 3, "encoder_num_layers": 4,
+"encoder_num_heads": 2, "encoder_attention_dropout": 0.02, "encoder_ff_interm_features": 64,
+"encoder_ff_interm_dropout": 0.03, "encoder_dropout": 0.04, "encoder_layer_norm_first": false,
+"encoder_layer_drop": 0.05, "encoder_qkv_bias": true, "codebook_size": 8, "codebook_decay": 0.8,
+"num_codebooks": 3, "ema_start_decay": 0.99, "ema_final_decay": 0.9999, "ema_final_step": 30000,
+"ema_exclude_layers": ["pos_conv_embed"], "freeze_step": 1000, "ema_timescale": 50.0,
+"ema_threshold": 1e-06}"""
+
+
+def test_every_name_of_a_released_configuration_is_read(tmp_path):
+    released = json.loads(RELEASED_CONFIG)
+    (tmp_path / "config.json").write_text(json.dumps({"model": released}))
+    config = networks.read_config(tmp_path / "config.json")
+    assert config == Config(
+        norm="group_norm", conv_bias=True, conv_layers=((16, 10, 5), *((16, 4, 4),) * 3), dim=32,
+        projection_dropout=0.01, pos_kernel=57, pos_groups=8, pos_depth=3, layers=4, heads=2,
+        attention_dropout=0.02, ffn=64, ffn_dropout=0.03, dropout=0.04, layer_drop=0.05,
+        qkv_bias=True, codewords=8, codebook_decay=0.8, codebooks=3, ema_start=0.99,
+        ema_timescale=50.0, ema_threshold=1e-6)
+    written = networks.released_config(config)
+    ours = {"objective", "init_std"}  # what theirs does not say
+    assert json.loads(json.dumps({n: x for n, x in written.items() if n not in ours})).items() <= \
+        released.items()
+
+
 def test_load_reads_released_checkpoints_and_refuses_others(tmp_path):
     model, path = formula_model(), tmp_path / "step_7.pt"
     model.add_language("en", 5)
@@ -328,6 +403,12 @@ def server(folder):
             cut = name == "Content-Length" and "cut" in self.path
             super().send_header(name, int(value) + 1000 if cut else value)
 
+        def do_GET(self):
+            if self.path.endswith("busy/config.json"):
+                self.send_error(503)
+            else:
+                super().do_GET()
+
         def log_message(self, *_):
             asked.append(self.path)
 
@@ -348,24 +429,31 @@ def test_released_models_are_downloaded_once(tmp_path, monkeypatch, cli):
         torch.save(content, site / name / "step_1.pt")
         (site / name / "config.json").write_text(config)
     whole = (site / "a/step_1.pt").read_bytes()
-    for name, content in (("without", whole), ("cut", whole[:5000]),  # without is taken for base
+    for name, content in (("without", whole), ("busy", whole), ("login", whole),
+                          ("cut", whole[:5000]),  # without is taken for base
                           ("page", b"<!DOCTYPE html><title>Please log in</title>")):
         (site / name).mkdir()
         (site / name / "step_1.pt").write_bytes(content)
+    (site / "login/config.json").write_text("<!DOCTYPE html><title>Please log in</title>")
     with server(site) as (address, asked):
         monkeypatch.setitem(networks.RELEASED, "mine", ("a model", f"{address}/a/step_1.pt"))
         for what in "mine", f"{address}/bare/step_1.pt", "mine", f"{address}/a/step_1.pt":
             same(networks.load(what).state_dict(), plain)
         assert len(asked) == 4  # the configuration and the weights of two
+        monkeypatch.setitem(networks.RELEASED, "dinosr_base", ("", f"{address}/bare/step_1.pt"))
+        dinosr = networks.load("dinosr_base").config  # its objective is nowhere but in its name
+        assert dinosr.objective == "dinosr" and dinosr.ema_schedule == "linear"
         for name, message in (
             ("without", "taken for base for want of"), ("missing", "404"),
+            ("busy", "503"), ("login", "config.json"),
             ("nothing", "not a checkpoint"), ("cut", "."), ("page", "not a checkpoint")
         ):
             complains(message, networks.load, f"{address}/{name}/step_1.pt")
     complains("refused.*put the file there by hand", networks.load, f"{address}/b/step_1.pt")
     assert len(list((tmp_path / "hub").rglob("*.pt"))) == 3  # nothing that did not load was kept
+    assert not list((tmp_path / "hub").rglob("*login*/config.json"))
     code, out, _ = cli(networks, "released")
-    assert code == 0 and out.count("not here yet") == len(networks.RELEASED) - 1 and "BY-NC" in out
+    assert code == 0 and out.count("not here yet") == len(networks.RELEASED) - 2 and "BY-NC" in out
 
 
 # ======== data ========
@@ -490,13 +578,63 @@ def test_a_run_and_what_it_writes(cli, toy, reference):
     refused(cli(*again, "--dim", 32), "--init brings its own network")
 
 
+def test_the_front_end_is_frozen_from_the_step_that_says_so(cli, toy):
+    args = small(toy, "--freeze-step", 6, "--keep-every", 6, "--steps", 9)
+    assert cli(pretrain, *args, "--out", "run")[0] == 0
+    shutil.copytree("run", "half")
+    shutil.copy("half/step_6.pt", "half/last.pt")
+    front = {name for name in weights("run") if name.startswith("feature_")}
+    assert not moved("half", "run") & front and "heads.0.0.weight" in moved("half", "run")
+
+
+def test_the_objective_brings_its_schedule():
+    for more, expected in (
+        ([], ("linear", 750.0, 5000, 0.05)),
+        (["--layer-drop", "0", "--ema-timescale", "9"], ("linear", 9.0, 5000, 0.0)),
+    ):
+        argv = ["--objective", "dinosr", *more]
+        _, c = pretrain.parse_options(pretrain.Options, pretrain.PRESETS, Config, argv=argv)
+        assert (c.ema_schedule, c.ema_timescale, c.ema_stop, c.layer_drop) == expected
+    base = Config(dim=16, heads=1, layers=1, codebooks=1, ffn=8)
+    model = SpidR(dataclasses.replace(base, **networks.dinosr(base.ema_timescale)))
+    near([model.ema_decay(step) for step in (0, 15_000, 30_000, 199_999, 200_000)],
+         [0.999, 0.99945, 0.9999, 0.9999, 1], 1e-9)
+
+
+def test_the_log_says_how_a_run_goes(tmp_path, capsys):
+    """That the codebooks collapse, how long it will take, and that steps are skipped."""
+    options = pretrain.Options(out=str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("")
+    log = pretrain.Log(options, ONE, 9, 0, None, advice="Take fewer.")
+    for step, usage in (1, 0.8), (2, 0.4):
+        log.add({"usage_entropy": torch.tensor(usage), "skipped": torch.tensor(0.0)})
+        log.write(step)
+        assert ("collapsing" in capsys.readouterr().out) == (usage < 0.5)
+    log.length, log.times = 10**9, []
+    for _ in range(6):
+        log.add({"grad_norm": torch.tensor(math.nan), "skipped": torch.tensor(1.0)})
+        time.sleep(0.01)
+    assert re.search(r"will take about \d+\.\d h\. Take fewer", capsys.readouterr().out)
+    log.metrics *= 4
+    complains("20 steps in a row up to step 3 had no finite gradient", log.write, 3)
+
+
 def kill(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def kill_in_the_first_save(_, save=networks.save):
+    """After its first file."""
+    def kill_after_one_file(*args, **more):
+        kill(save(*args, **more))
+
+    networks.save = pretrain.save = kill_after_one_file
+
+
 @linux
 def test_whatever_happens_a_run_ends_and_goes_on_to_the_same_bits(cli, toy, reference):
-    args = small(toy, "--out", "run", "--loaders", 2)
+    # The first save is also a kept one, step_3.pt.
+    args = small(toy, "--out", "run", "--loaders", 2, "--keep-every", 3)
 
     def start_again_and_interrupt(_):
         [(status, printed)] = processes(pretrain, *args)
@@ -511,9 +649,10 @@ def test_whatever_happens_a_run_ends_and_goes_on_to_the_same_bits(cli, toy, refe
         torch.save = MagicMock(side_effect=RuntimeError("unexpected pos 64 vs 0"))
 
     for at, grief, expected, message in (
+        (1, kill_in_the_first_save, -signal.SIGKILL, ""),
         (5, start_again_and_interrupt, 143, "stopped at step 5"),
         (3, kill_a_loader, 2, "error: a process that reads audio was killed"),
-        (1, fill_the_disk, 2, "last.pt could not be written, what was there before is untouched"),
+        (1, fill_the_disk, 2, ".pt could not be written, what was there before is untouched"),
         (4, lambda _: 1 / 0, 1, "ZeroDivisionError"),
         (2, kill, -signal.SIGKILL, "from step 9"),
         (0, None, 0, "12 steps"),
@@ -524,6 +663,24 @@ def test_whatever_happens_a_run_ends_and_goes_on_to_the_same_bits(cli, toy, refe
     assert not moved("run", reference)
     for name in "step", "loss", "audio_seconds", "lr":
         assert metrics("run", name)[-2:] == metrics(reference, name)[-2:]
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(networks.fcntl, "lockf", lockf)
+    pretrain.claim(tmp_path / "run", False)
+    assert "warning: " in capsys.readouterr().err
+
+
+def test_the_commit_is_read_from_any_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "it's here"
+    folder.mkdir()
+    for words in "init -q", "-c user.name=a -c user.email=b commit -q --allow-empty -m c":
+        subprocess.run(["git", "-C", folder, *words.split()], check=True)
+    monkeypatch.setattr(pretrain, "__file__", str(folder / "pretrain.py"))
+    assert re.fullmatch("[0-9a-f]{40}", pretrain.commit())
 
 
 @linux
@@ -542,9 +699,9 @@ def test_ranks_end_with_each_other_and_with_torchrun(cli, toy):
 
 @linux
 def test_two_ranks_are_one_with_accumulation(cli, toy, reference, meta_run):
-    def two_ranks(script, args, out, **how):
-        ends = processes(script, *args, "--out", out, ranks=2, **how)
-        assert [status for status, _ in ends] == [0, 0], ends
+    def two_ranks(script, args, out, ranks=2, **how):
+        ends = processes(script, *args, "--out", out, ranks=ranks, **how)
+        assert [status for status, _ in ends] == [0] * ranks, ends
 
     def spoil_a_gradient(model):
         hook = model.mask_embedding.register_hook(lambda g: hook.remove() or g * math.nan)
@@ -561,6 +718,11 @@ def test_two_ranks_are_one_with_accumulation(cli, toy, reference, meta_run):
         near(metrics("pretrain", name), metrics("pretrain_2", name), 1e-4)
     two_ranks(meta_train, meta(toy, reference), "workers")
     same(weights("workers"), weights(meta_run), 1e-6)
+    # The papers' layout: two workers of two ranks.
+    layout = meta(toy, reference, "--layer-drop", 0, "--batch-samples", 32000)
+    two_ranks(meta_train, layout, "layout_4", ranks=4)
+    assert cli(meta_train, *layout, "--out", "layout", "--accumulate", 2)[0] == 0
+    same(weights("layout"), weights("layout_4"), 1e-5)
     # A NaN on one rank is skipped by all. Here the ranks drop different layers, too.
     two_ranks(pretrain, small(toy, "--log-every", 1), "nan", at=4, do=spoil_a_gradient)
     assert metrics("nan", "skipped") == [0] * 4 + [1] * 8
@@ -668,6 +830,41 @@ def test_meta_update_of_the_released_implementation(monkeypatch, method, golden)
     meta_train.meta_train(
         o, model, phi, delta, [None] * 2, [0, 1], episodes, ONE, ONE, MagicMock(), (0, 0))
     near(phi, golden)
+
+
+@pytest.mark.parametrize("script", [meta_train, adapt])
+def test_both_loops_forget(cli, toy, reference, script):
+    """After one step that moves nothing codebooks and heads are those that forget() makes."""
+    still = "--lr", 1e-12, "--codebook-decay", 1, "--out", "run"
+    if script is meta_train:
+        args = meta(toy, reference, *still, "--method", "reptile", "--beta", 1, "--workers", 1,
+                    "--updates", 1, "--inner-steps", 1, "--outer-steps", 0)
+        seeds = (0, 0, 0, data.STREAM_FORGET), (0, 0, 0)
+    else:
+        args = adaptation(toy, reference, *still, "--steps", 1, "--held-out", 0)
+        seeds = (0, data.STREAM_FORGET), (0, 0, 0)
+    heard, forget = [], meta_train.forget
+
+    def remember(model, micro_batches, *more):
+        heard.extend(micro_batches)
+        forget(model, micro_batches, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "forget", remember)
+        assert cli(script, *args)[0] == 0
+    changes = dict(layer_drop=0.3 * (script is meta_train))
+    fresh = networks.load_init(reference, **changes)[0].train()
+    before = fresh.heads[0][0].weight.clone()
+    forget(fresh, heard, script.Options(), ONE, *seeds)
+    adapted = networks.load("run")
+    same(adapted.codebooks.state_dict(), fresh.codebooks.state_dict(), 1e-6)
+    same(adapted.heads.state_dict(), fresh.heads.state_dict(), 1e-5)
+    assert (fresh.heads[0][0].weight - before).norm() > 0.5
+    inputs, targets = fresh.masked_frames(heard[0]["wav"], heard[0]["mask"])
+    labels = fresh.assign(targets)  # the fitted heads tell them better than heads that are not
+    losses = [nn.functional.cross_entropy(head(x), y)
+              for head, x, y in zip(fresh.heads, inputs, labels)]
+    assert max(losses) < math.log(8)
 
 
 def schedule(module, *argv):
@@ -790,13 +987,13 @@ def test_maml_trains_and_is_measured(cli, toy, reference):
 def test_meta_training_starts_the_episode_again(cli, toy, reference, meta_run):
     args = meta_train, *meta(toy, reference, "--out", "run")
 
-    def kill_after_one_file(_, save=networks.save):
-        networks.save = lambda *args, **more: kill(save(*args, **more))
-
-    # In the inner loop of the second episode, in its outer loop, in the middle of its checkpoint.
-    for at, do in (8, kill), (4, kill), (5, kill_after_one_file):
+    # In the middle of the first checkpoint; in the inner loop of the second episode, in its outer
+    # loop, in the middle of its checkpoint.
+    for at, do in (1, kill_in_the_first_save), (8, kill), (4, kill), (5, kill_in_the_first_save):
         [(status, _)] = processes(*args, at=at, do=do)
-        assert status == -signal.SIGKILL and networks.read_checkpoint("run")[1]["done"] == (0, 1)
+        assert status == -signal.SIGKILL
+        if Path("run/last.pt").exists():
+            assert networks.read_checkpoint("run")[1]["done"] == (0, 1)
     assert cli(*args)[0] == 0
     assert not moved("run", meta_run)
     assert metrics("run", "step") == metrics(meta_run, "step")
@@ -835,6 +1032,64 @@ def test_adaptation(cli, toy, meta_run, method):
     assert cli(*parts, at=3, do=terminate)[0] == 143
     assert cli(*parts)[0] == 0
     assert not moved("whole", "parts") and "nothing to do" in cli(*parts)[1]
+
+
+def test_adaptation_scores_items_of_its_own(cli, toy, meta_run):
+    """Before and after, the same as evaluate.py does."""
+    items = "--items", toy / "eval/goxi.item", "--items-audio", toy / "eval/goxi.csv"
+    status, out, err = cli(adapt, *adaptation(toy, meta_run, *items), "--out", "run")
+    assert status == 0 and out.count("$ python evaluate.py abx") == 2, err
+    for when, model in ("before", meta_run), ("after", "run"):
+        words = "--items", toy / "eval/goxi.item", "--audio", toy / "eval/goxi.csv"
+        assert cli(evaluate, "abx", "--model", model, *words, "--out", "x.json")[0] == 0
+        assert Path("x.json").read_text() == Path(f"run/abx_{when}.json").read_text()
+    refused(cli(adapt, *adaptation(toy, meta_run, "--items", "none.item"), "--out", "new"), "none.")
+
+
+@linux
+def test_ranks_wait_for_the_score_and_begin_alike(cli, toy, meta_run, monkeypatch):
+    """A collective waits for a while only, here three seconds. And the ranks' machines may not
+    agree on the signs of singular vectors."""
+    def slowly(*_):
+        time.sleep(5)
+        sys.exit(0)  # as a process of its own would: it takes no part in the ranks' barriers
+
+    def svd(*args, svd=torch.linalg.svd, **how):
+        U, S, Vh = svd(*args, **how)
+        return U, S, Vh * (-1) ** int(os.environ.get("RANK", 0))
+
+    def init(*args, init=torch.distributed.init_process_group):
+        init(*args, timeout=datetime.timedelta(seconds=3))
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    monkeypatch.setattr(evaluate, "main", slowly)
+    more = "--items", "any.item", "--method", "dama", "--held-out", 0, "--out"
+    ends = processes(adapt, *adaptation(toy, meta_run, *more), "run", ranks=2)
+    assert [status for status, _ in ends] == [0, 0], ends
+    more = "--method", "dama", "--held-out", 0, "--out", "one", "--accumulate", 2
+    assert cli(adapt, *adaptation(toy, meta_run, *more))[0] == 0
+    same(weights("one"), weights("run"), 1e-5)
+
+
+def test_what_low_rank_updates_begin_with():
+    """DAMA's basis are W0's leading right singular vectors, LoRA's is random, of one rank."""
+    for method, basis, ranks, frozen in (("dama", "middle", [8, 2, 2, 2, 2, 8], [2, 3]),
+                                         ("dama", "all", [8, 2, 2, 2, 2, 8], range(6)),
+                                         ("lora", "middle", [8] * 6, [])):
+        model, products = formula_model(32, 6, 64, 2, "layer_norm", 0.1), []
+        for layer in model.student.layers:
+            products.append([linear.weight.detach().clone() for linear in adapt.linears(layer)])
+        adapt.add_adapters(model, adapt.Options(method=method, basis=basis, rank_max=8, rank_min=2))
+        for i, layer in enumerate(model.student.layers):
+            for W0, linear in zip(products[i], adapt.linears(layer)):
+                A = linear.parametrizations.weight[0].A
+                assert len(A) == ranks[i] and linear.weight.equal(W0)
+                assert A.requires_grad == (i not in frozen)
+                kept = (W0 @ A.T).norm(), torch.linalg.svdvals(W0)[: len(A)].norm()
+                assert torch.isclose(*kept, rtol=1e-4) == (method == "dama")
+                if method == "dama":
+                    torch.testing.assert_close(A @ A.T, torch.eye(len(A)), atol=1e-5, rtol=0)
 
 
 def test_low_rank_updates():
@@ -1272,6 +1527,16 @@ def test_the_readme_names_what_is_there():
     for script, name in names:
         if name not in ("py", "jsonl", "json", "md", "pt", "meta.json", "item"):
             attrgetter(name)(importlib.import_module(script))
+
+
+def test_every_equation_stands_where_the_readme_says():
+    rows = re.findall(r"^\| \((\d+)\) \|.*\|(.*)\|$", (HERE / "README.md").read_text(), re.M)
+    assert [int(number) for number, _ in rows] == [*range(1, 15)]
+    for number, where in rows:
+        for name in re.findall(r"`([\w.]+)`", where):
+            script = next(s for s in ("extras.maml", name.split(".")[0]) if name.startswith(s))
+            thing = attrgetter(name[len(script) + 1 :])(importlib.import_module(script))
+            assert f"({number})" in inspect.getsource(thing), (number, name)
 
 
 @pytest.fixture
