@@ -164,9 +164,28 @@ def near(value, golden, tolerance=1e-5):
 
 
 # ======== the model: numbers of the released implementation ========
-# Weights and inputs by formula: golden values were computed with the released code (spidr 0.2.0) on
-# the same formulas, in float64. In float32 a gradient differs by 1e-4 from one CPU to the next, and
-# ten steps later everything does.
+# Weights and inputs follow a formula. The golden values are the released code's on the same one,
+# in float64 (in float32 a gradient differs by 1e-4 from one CPU to the next, and ten steps later
+# everything does). To make them again, with Python 3.12 and `pip install spidr==0.2.0`:
+#
+#     import torch
+#     torch.float32 = torch.float = torch.float64  # the package asks for float32 by name
+#     torch.Tensor.float = torch.Tensor.double
+#     torch.set_default_dtype(torch.float64)
+#     import test_smoke as t
+#     from spidr.config import SpidRConfig
+#     from spidr.models import SpidR
+#     for g in t.GOLDEN.values():
+#         ours, batch = t.formula_model(*g["shape"]), t.formula_batch(g["samples"], g["shape"][-1])
+#         config = t.networks.released_config(ours.config)
+#         known = SpidRConfig.__dataclass_fields__
+#         theirs = SpidR(SpidRConfig(**{k: v for k, v in config.items() if k in known}))
+#         theirs.double().train().load_state_dict(ours.state_dict())
+#         masked = batch["mask"].nonzero()[:, 1].view(2, -1)
+#         loss, perplexities = theirs(batch["wav"], mask_indices=masked, attention_mask=None)
+#         (loss.sum() / masked.numel()).backward()
+#         print(loss.sum() / masked.numel(), perplexities)
+#         print([dict(theirs.named_parameters())[name].grad.norm() for name in t.GRADIENTS])
 
 
 @pytest.fixture
@@ -775,7 +794,8 @@ def test_a_recording_that_goes_bad_is_skipped_and_counted(cli, toy, monkeypatch)
 
 
 # ======== meta-training ========
-# Golden values: the released implementation, as above.
+# Golden values: of the released SpidR-Adapt, on the formulas in each test. It is no package, so
+# there are no lines to run.
 
 
 def test_supervised_loss_of_the_released_implementation():
