@@ -17,7 +17,6 @@ import sys
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,20 @@ from model import InputError, die_with_parent, num_frames, require, run
 SAMPLE_RATE = 16000
 PHONE = 160  # samples for each phone of an alignment: 10 ms
 IGNORED = -100  # the class of a frame that counts in no loss, as its phone is not known
+
+# Every use of chance has a generator of its own, so that nothing depends on the order of the work.
+# Its key begins with the seed and one of these numbers:
+STREAM_UNLABELLED = 0  # the batches of a stage: their order, crops and masks
+STREAM_LABELLED = 1
+STREAM_VALID = 2
+STREAM_CHUNKS = 4  # meta-training: how a language's audio is cut into tasks
+STREAM_TASK_ORDER = 5
+STREAM_EPISODE = 6  # the batches of an episode
+STREAM_EPISODE_LABELLED = 7
+STREAM_FORGET = 8  # fresh codebooks and heads
+STREAM_BUDGET = 9  # adaptation: the audio that --budget takes
+STREAM_HELD_OUT = 10
+CROP, MASK = 1, 2  # the end of a key: one recording's crop, one batch's masks
 
 
 # ======== masks ========
@@ -50,13 +63,6 @@ def make_mask(batch, frames, rng, prob, span):
 
 
 # ======== batches ========
-# Every use of randomness has a generator of its own, whose key is a list of numbers:
-#   the order of an epoch's batches    seed, stream, epoch
-#   the masks of a batch               seed, stream, epoch, batch, 2
-#   the crop of a recording            seed, stream, epoch, recording, 1
-STREAM_UNLABELLED, STREAM_LABELLED, STREAM_VALID = 0, 1, 2
-STREAM_CHUNKS, STREAM_TASK_ORDER, STREAM_EPISODE, STREAM_EPISODE_LABELLED = 4, 5, 6, 7
-STREAM_FORGET, STREAM_BUDGET, STREAM_HELD_OUT = 8, 9, 10
 
 
 def make_buckets(lengths, index, budget, ratio=1.2):
@@ -77,9 +83,10 @@ class Batches:
     are of one language.
     """
 
-    def __init__(self, rows, config, options, per_step=1, classes=None, stream=(0,)):
+    def __init__(self, rows, config, options, per_step=1, classes=None,
+                 stream=(STREAM_UNLABELLED,)):
         self.rows, self.config, self.options, self.classes = rows, config, options, classes
-        self.per_step, self.seed = per_step, (options.seed, *stream)
+        self.per_step, self.key = per_step, (options.seed, *stream)
         self.labelled = classes is not None
         self.lengths = np.minimum([row.num_samples for row in rows], options.max_samples)
         names = np.array([row.language if self.labelled else "" for row in rows])
@@ -91,34 +98,37 @@ class Batches:
 
     @lru_cache(maxsize=4)
     def epoch(self, number):
-        """The batches of an epoch, each an array of recordings, in the order of the steps."""
-        rng, steps = np.random.default_rng([*self.seed, number]), []
+        """The batches of an epoch, in the order of the steps: [(its recordings, how often this
+        batch has been there already)]."""
+        rng, steps = np.random.default_rng([*self.key, number]), []
         for buckets in self.buckets:  # of a language, or of everything
             batches = []
             for bucket, size in buckets:
                 bucket = rng.permutation(bucket)
                 batches += [bucket[i : i + size] for i in range(0, len(bucket), size)]
             batches = [batches[i] for i in rng.permutation(len(batches))]
-            # The last step may lack batches. It is then dropped, or, of labelled audio, completed
+            # The last step may lack batches. Then it is dropped; or, with labels, it is filled up
             # from the beginning: a small language is heard twice rather than never.
             whole = math.ceil if self.labelled else math.floor
-            endless = cycle(batches)
-            for _ in range(whole(len(batches) / self.per_step)):
-                steps.append(list(islice(endless, self.per_step)))
+            n = whole(len(batches) / self.per_step) * self.per_step
+            batches = [(batches[i % len(batches)], i // len(batches)) for i in range(n)]
+            steps += [batches[i : i + self.per_step] for i in range(0, n, self.per_step)]
         return [batch for i in rng.permutation(len(steps)) for batch in steps[i]]
 
     def __getitem__(self, i):
-        o, (epoch, number) = self.options, divmod(i, self.per_epoch)
-        index = self.epoch(epoch)[number]  # the recordings of this batch
-        shortest = int(self.lengths[index].min())
-        crop = shortest // o.crop_multiple * o.crop_multiple or shortest  # so that shapes are few
+        options, (epoch, number) = self.options, divmod(i, self.per_epoch)
+        index, turn = self.epoch(epoch)[number]
+        crop = int(self.lengths[index].min())
+        if crop >= options.crop_multiple:
+            crop -= crop % options.crop_multiple  # few lengths, so torch.compile rarely recompiles
         frames = num_frames(crop, self.config)
-        rng = np.random.default_rng([*self.seed, epoch, number, 2])
-        mask = make_mask(len(index), frames, rng, o.mask_prob, o.mask_span)  # [B, T]
+        rng = np.random.default_rng([*self.key, epoch, number, MASK])
+        mask = make_mask(len(index), frames, rng, options.mask_prob, options.mask_span)  # [B, T]
         wavs, bad = torch.zeros(len(index), crop), []  # [B, N]
         phones = np.full((len(index), frames), IGNORED, dtype=np.int64)  # [B, T]
+        again = [turn] if turn else []  # a batch that is there twice gets other crops
         for b, j in enumerate(index):
-            row, rng = self.rows[j], np.random.default_rng([*self.seed, epoch, j, 1])
+            row, rng = self.rows[j], np.random.default_rng([*self.key, epoch, j, CROP, *again])
             start = int(rng.integers(row.num_samples - crop + 1))
             try:
                 wavs[b] = standardise(read_audio(row.path, start, crop))
@@ -179,11 +189,12 @@ def write_csv(path, header, rows):
         writer.writerows(rows)
 
 
-def read_manifest(path, only=None):
-    """The rows of a CSV, a fairseq TSV, a folder or a file; with `only`, those of these fileids."""
+def read_manifest(path, only=None, minimum=2000):
+    """The rows of a CSV, a fairseq TSV, a folder or a file; with `only`, those of these fileids.
+    What a folder has of fewer than `minimum` samples is left out."""
     path, rows, names = Path(path), [], []
     if path.is_dir() or path.suffix.lower() in AUDIO:
-        return scan(path, only)
+        return scan(path, only, minimum)
     of_discophon = re.fullmatch(r"manifest-([^-]+)-(.+)\.csv", path.name)  # has no paths
     for where, line in read_table(str(path), "fileid" if of_discophon else "path"):
         if "path" not in line:
@@ -237,10 +248,25 @@ def file_name(fileid, where):
     return fileid
 
 
+def files_in(folder):
+    """All files in a folder and its sub-folders, but hidden ones. Links to folders are followed,
+    and no folder is read twice: links may lead in a circle."""
+    files, read = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(parent) in read:
+            print(f"left out: {parent}: a link to a folder that is read already", file=sys.stderr)
+            folders.clear()
+        else:
+            read.add(os.path.realpath(parent))
+            files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
 def scan(path, only=None, minimum=2000):
-    """The rows of a folder, whose first sub-folder is the language, or of a file. What is left out
-    is told, and why. With `only`, other files are not even opened."""
-    files = [file for file in [path, *sorted(path.rglob("[!.]*"))] if file.is_file()]
+    """The rows of a folder, whose first sub-folder is the language, or of a file. It prints what it
+    leaves out, and why. With `only`, other files are not even opened."""
+    files = files_in(path) if path.is_dir() else [path]
     folder = path if path.is_dir() else path.parent
     names = [file.relative_to(folder) for file in files if file.suffix.lower() in AUDIO]
     rows = [Row(fileid, str(folder / name), 0, "".join(name.parent.parts[:1]))

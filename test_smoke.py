@@ -515,17 +515,18 @@ def test_batches_and_masks(monkeypatch, group):
     o = pretrain.Options(batch_samples=1_000_000, crop_multiple=1, seed=3)
     batches, again = (data.Batches(rows, Config(), o, group) for _ in range(2))
     for i in 0, batches.per_epoch + 1:
-        batch, index = batches[i], batches.epoch(i // batches.per_epoch)[i % batches.per_epoch]
+        batch = batches[i]
+        index, _ = batches.epoch(i // batches.per_epoch)[i % batches.per_epoch]
         assert all(torch.equal(batch[name], again[i][name]) for name in ("wav", "mask"))
         assert batch["wav"].shape == (len(index), min(*lengths[index], 320_000))
         share = batch["mask"].float().mean(1)  # of all frames about half, in each row as many
         assert share.min() == share.max() and 0.4 < share[0] < 0.65
-    heard = np.concatenate(batches.epoch(0))
+    heard = np.concatenate([index for index, _ in batches.epoch(0)])
     assert len(set(heard)) == len(heard) > 270  # nothing twice in an epoch, and little left out
 
     classes = {row.fileid: np.zeros(row.num_samples // 160, dtype=np.int16) for row in rows}
     labelled = data.Batches(rows, Config(), o, group, classes)
-    order = labelled.epoch(0)
+    order = [index for index, _ in labelled.epoch(0)]
     assert set(np.concatenate(order)) == set(range(299))  # what has labels is never left out
     for i in range(0, len(order), group):  # a step is of one language
         assert len({rows[j].language for batch in order[i : i + group] for j in batch}) == 1
@@ -534,6 +535,51 @@ def test_batches_and_masks(monkeypatch, group):
     assert batch["bad"] == [("7.wav", "m:7: cut short")] and batch["language"] == "y"
     assert not batch["wav"][b].any() and not batch["mask"][b].any()
     assert (batch["phones"][b] == data.IGNORED).all() and (batch["phones"] == 0).any()
+
+
+def test_a_mask_is_made_of_spans():
+    rng, seen = np.random.default_rng(0), np.zeros(150)
+    for _ in range(200):
+        [mask] = data.make_mask(1, 150, rng, 0.8, 10)
+        edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+        assert min(edges[1::2] - edges[::2]) >= 10
+        seen += mask
+    assert seen.min() > 0  # the first and the last frame, too
+
+
+@pytest.fixture
+def ramp(tmp_path, monkeypatch):
+    """The row of a recording of 12.5 s whose samples, and whose phones, tell their own time."""
+    monkeypatch.setattr(data, "standardise", lambda wav: wav)
+    samples = np.arange(200_000, dtype=np.float32)
+    soundfile.write(tmp_path / "x.wav", samples, 16000, subtype="FLOAT")
+    return data.Row("x", str(tmp_path / "x.wav"), 200_000, "x"), {"x": np.arange(1250)}
+
+
+def starts_of(batch):
+    """Where the crops begin. Each frame's phone has to be the one that begins nearest to it."""
+    starts = batch["wav"][:, 0].numpy()
+    times = starts[:, None] / 160 + 2 * np.arange(batch["phones"].shape[1])
+    assert np.abs(batch["phones"].numpy() - times).max() <= 0.5
+    return [*starts.astype(int)]
+
+
+def test_a_crop_comes_with_its_own_phones(ramp):
+    row, classes = ramp
+    o = pretrain.Options(batch_samples=80_000, max_samples=40_000)
+    batches = data.Batches([row] * 4, Config(), o, 1, classes)
+    starts = sum((starts_of(batches[i]) for i in range(20)), [])
+    assert len({*starts}) == 40 and min(starts) < 20_000 and max(starts) > 140_000
+
+
+def test_a_batch_that_is_repeated_has_other_crops_and_masks(ramp):
+    row, classes = ramp
+    o = pretrain.Options(batch_samples=80_000, max_samples=40_000)
+    alone, repeated = (data.Batches([row] * 2, Config(), o, n, classes) for n in (1, 4))
+    step = [repeated[i] for i in range(4)]
+    assert len({start for batch in step for start in starts_of(batch)}) == 8
+    assert not any(torch.equal(a["mask"], b["mask"]) for a, b in itertools.combinations(step, 2))
+    assert starts_of(alone[0]) == starts_of(step[0])  # as before the others were there
 
 
 def test_phones():
@@ -561,6 +607,26 @@ def test_manifests(cli):
         rows = data.check_audio(data.read_manifest(path), 2000)
         assert [r.fileid for r in rows] == ids and rows[0].num_samples == 16000
         assert [r.fileid for r in data.read_manifest(path, only={"x", "v"})] == ["x"]
+
+
+def test_links_to_folders_are_followed(tmp_path, capsys):
+    write_tone(tmp_path / "elsewhere/sub/x.wav")
+    (tmp_path / "elsewhere/sub/circle").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio/french").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "audio/again").symlink_to(tmp_path / "audio")
+    [row] = data.read_manifest(tmp_path / "audio")
+    assert (row.fileid, row.language) == ("x", "french")
+    assert row.path == str(tmp_path / "audio/french/sub/x.wav")
+    assert capsys.readouterr().err.count("a link to a folder that is read already") == 2
+
+
+def test_a_folder_s_short_recordings_are_left_out(tmp_path, capsys):
+    for name, seconds in ("long", 2.0), ("short", 0.5):
+        write_tone(tmp_path / f"{name}.wav", seconds=seconds)
+    rows = pretrain.read_rows(tmp_path, pretrain.Options(min_samples=16_000))
+    assert [row.fileid for row in rows] == ["long"]
+    assert "short.wav: 8000 samples at 16 kHz, under the minimum" in capsys.readouterr().err
 
 
 # ======== pretraining ========
