@@ -65,6 +65,18 @@ def make_mask(batch, frames, rng, prob, span):
 # ======== batches ========
 
 
+def pieces(rows, longest):
+    """Recordings in which the longest crop fits twice or more are cut into as many pieces of like
+    length. A piece is a row of its own, so an epoch has a crop from each."""
+    cut = []
+    for row in rows:
+        n = max(1, row.num_samples // longest)
+        edges = [row.num_samples * i // n for i in range(n + 1)]
+        cut += [row._replace(start=row.start + begin, num_samples=end - begin)
+                for begin, end in zip(edges, edges[1:])]
+    return cut
+
+
 def make_buckets(lengths, index, budget, ratio=1.2):
     """[(recordings whose lengths differ by at most `ratio`, how many of them make a batch)]."""
     index = index[np.argsort(lengths[index], kind="stable")]
@@ -129,7 +141,7 @@ class Batches:
         again = [turn] if turn else []  # a batch that is there twice gets other crops
         for b, j in enumerate(index):
             row, rng = self.rows[j], np.random.default_rng([*self.key, epoch, j, CROP, *again])
-            start = int(rng.integers(row.num_samples - crop + 1))
+            start = row.start + int(rng.integers(row.num_samples - crop + 1))
             try:
                 wavs[b] = standardise(read_audio(row.path, start, crop))
                 if self.labelled:
@@ -144,8 +156,8 @@ class Batches:
 
 
 def phones_of_crop(classes, start, frames):
-    """A class for each frame of a crop. Frame i begins at sample start + 320 i; it has the phone
-    whose beginning is nearest to that."""
+    """A class for each frame of a crop that begins at sample `start` of the file. Frame i begins
+    at start + 320 i; it has the phone whose beginning is nearest to that."""
     at = (start + PHONE // 2) // PHONE + 2 * np.arange(frames)
     return np.where(at < len(classes), classes[np.minimum(at, len(classes) - 1)], IGNORED)
 
@@ -155,8 +167,9 @@ def phones_of_crop(classes, start, frames):
 AUDIO = ".wav .flac .ogg .opus .mp3 .aif .aiff .au .w64 .caf".split()
 UNREADABLE = soundfile.LibsndfileError, OSError, TypeError
 ALIGNMENT_SLACK = 5  # phones (50 ms) by which an alignment may miss the length of its recording
-# num_samples is at 16 kHz, whatever the rate of the file; where is what messages call the row.
-Row = namedtuple("Row", "fileid path num_samples language where", defaults=["", ""])
+# A recording, or a piece of one from sample `start` on. Samples are counted at 16 kHz, whatever the
+# rate of the file. `where` is what messages call the row.
+Row = namedtuple("Row", "fileid path num_samples language where start", defaults=["", "", 0])
 
 
 def main():
@@ -306,14 +319,18 @@ def inspect(path, minimum):
     try:
         require(os.path.exists(path), "no such file")
         with soundfile.SoundFile(path) as file:
-            rate, last = file.samplerate, min(file.frames, file.samplerate)  # the last second
+            rate, second = file.samplerate, min(file.frames, file.samplerate)
             samples = math.ceil(file.frames * SAMPLE_RATE / rate)
-            file.seek(file.frames - last)
-            end = file.read(last, dtype="float32")
+            # First the end, as files are cut short there. If it is silent, nine other places.
+            for part in np.linspace(1, 0, 10):
+                file.seek(round(part * (file.frames - second)))
+                heard = file.read(second, dtype="float32")
+                require(0 < second == len(heard), "empty or cut short")
+                if not np.ptp(heard) < 1e-4:
+                    break
         require(samples >= minimum, f"{samples} samples at 16 kHz, under the minimum {minimum}")
-        require(0 < last == len(end), "empty or cut short")
         resampler(rate)  # says now if torchaudio is needed and does not load
-        standardise(read_audio(path) if np.ptp(end) < 1e-4 else torch.from_numpy(end))
+        standardise(torch.from_numpy(heard))
     except (InputError, *UNREADABLE) as error:
         return samples, str(error)
     return samples, ""

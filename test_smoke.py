@@ -572,6 +572,44 @@ def test_a_crop_comes_with_its_own_phones(ramp):
     assert len({*starts}) == 40 and min(starts) < 20_000 and max(starts) > 140_000
 
 
+def test_a_long_recording_counts_as_several(ramp):
+    row, classes = ramp
+    cut = data.pieces([row, row._replace(num_samples=79_999)], 40_000)
+    spans = [(piece.start, piece.num_samples) for piece in cut]
+    assert spans == [(0, 40_000), (40_000, 40_000), (80_000, 40_000), (120_000, 40_000),
+                     (160_000, 40_000), (0, 79_999)]
+    o = pretrain.Options(batch_samples=80_000, max_samples=30_000)
+    batches = data.Batches(data.pieces([row], 30_000), Config(), o, 1, classes)
+    for epoch in range(5):
+        step = range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch)
+        starts = sorted(sum((starts_of(batches[i]) for i in step), []))
+        assert [start * 6 // 200_000 for start in starts] == [*range(6)]  # a crop of each piece
+
+
+def reads_of(monkeypatch):
+    """How many frames each read of an audio file asks for."""
+    class SoundFile(soundfile.SoundFile):
+        def read(self, frames=-1, *args, **how):
+            reads.append(frames)
+            return super().read(frames, *args, **how)
+
+    reads = []
+    monkeypatch.setattr(soundfile, "SoundFile", SoundFile)
+    return reads
+
+
+def test_a_long_recording_is_never_decoded_as_a_whole(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).normal(size=60 * 16_000) / 10
+    silent = np.where(np.arange(len(noise)) // 16_000 % 2, 0, noise)  # every other second, the last
+    soundfile.write(tmp_path / "a.flac", silent, 16_000)
+    soundfile.write(tmp_path / "b.flac", 0 * noise, 16_000)
+    reads = reads_of(monkeypatch)
+    assert data.inspect(tmp_path / "a.flac", 2000) == (960_000, "")
+    assert "silence" in data.inspect(tmp_path / "b.flac", 2000)[1]
+    data.read_audio(tmp_path / "a.flac", 800_000, 10_000)
+    assert 0 < min(reads) and sum(reads) <= 20 * 16_000
+
+
 def test_a_batch_that_is_repeated_has_other_crops_and_masks(ramp):
     row, classes = ramp
     o = pretrain.Options(batch_samples=80_000, max_samples=40_000)
