@@ -5,7 +5,10 @@ Each crop is standardised, and about half of its frames are masked (1). For a su
 batch is of one language and has a phone for each frame. Batch i is a function of the seed and of i
 alone: neither the number of loaders nor a restart changes it.
 
-    python data.py manifest FOLDER OUT.csv    lists the audio of a folder, and what is left out
+    python data.py manifest FOLDER OUT.csv [--language L]
+
+lists the audio of a folder, whose first sub-folders name the languages unless one is given, and
+prints what is left out. Formats: docs/data.md.
 """
 
 import csv
@@ -15,8 +18,11 @@ import re
 import signal
 import sys
 from collections import Counter, defaultdict, namedtuple
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from functools import lru_cache
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +172,8 @@ def phones_of_crop(classes, start, frames):
 
 AUDIO = ".wav .flac .ogg .opus .mp3 .aif .aiff .au .w64 .caf".split()
 UNREADABLE = soundfile.LibsndfileError, OSError, TypeError
+PHONE_TIERS = "phones", "phone", "mau", "segments"  # of forced aligners
+SILENCES = {"", "sil", "sp", "<p:>"}
 ALIGNMENT_SLACK = 5  # phones (50 ms) by which an alignment may miss the length of its recording
 # A recording, or a piece of one from sample `start` on. Samples are counted at 16 kHz, whatever the
 # rate of the file. `where` is what messages call the row.
@@ -176,11 +184,14 @@ def main():
     match sys.argv[1:]:
         case words if not words or {"-h", "--help"} & {*words}:
             print(__doc__)
-        case ["manifest", folder, out]:
+        case ["manifest", folder, out, *more] if not more or more[0] == "--language":
             require(not Path(out).exists(), f"{out} is there already: remove it, or name another")
-            write_manifest(scan(Path(folder)), Path(out))
+            rows = scan(Path(folder))
+            for language in more[1:]:
+                rows = [row._replace(language=language) for row in rows]
+            write_manifest(rows, Path(out))
         case _:
-            raise InputError("data.py manifest FOLDER OUT.csv")
+            raise InputError("data.py manifest FOLDER OUT.csv [--language L]")
 
 
 def write_manifest(rows, out):
@@ -403,39 +414,124 @@ def loader_init(_):
 # ======== alignments ========
 
 
-def read_alignments(path, languages=None):
-    """{fileid: (phones, language)}, a phone every 10 ms. A text file (`#file onset offset #phone`)
-    does not tell the language, which is then taken from `languages`, {fileid: language}."""
+class Phones(Sequence):
+    """A phone every 10 ms. In memory it is a small number, the index of a name in a list that all
+    recordings share."""
+
+    def __init__(self, codes, names):
+        self.codes, self.names = codes, names
+
+    def __len__(self):
+        return len(self.codes)
+
+    def __getitem__(self, i):
+        return self.names[self.codes[i]]
+
+    def __eq__(self, other):
+        return [*self] == [*other]
+
+
+def read_alignments(path, languages=None, tier=None):
+    """{fileid: (phones, language)}, from a CSV, a text file of intervals or a folder of TextGrids,
+    whose `tier` has the phones. Where these do not name the language, `languages` may:
+    {fileid: language}."""
+    languages, alignments, code_of = languages or {}, {}, {}
+    for where, fileid, phones, language in alignments_in(Path(path), tier):
+        require(phones, f"{where}: {fileid} has no phones")
+        require(fileid not in alignments, f"{where}: {fileid} is there twice")
+        codes = [code_of.setdefault(phone, len(code_of)) for phone in phones]
+        codes = np.array(codes, dtype=np.min_scalar_type(len(code_of)))
+        alignments[fileid] = codes, language or languages.get(fileid, "")
+    require(alignments, f"{path}: no alignments in it")
+    names = np.array([*code_of], dtype=object)
+    return {fileid: (Phones(codes, names), language)
+            for fileid, (codes, language) in alignments.items()}
+
+
+def alignments_in(path, tier):
+    """Yields (where, fileid, [a phone every 10 ms], language or "")."""
+    if path.is_dir():
+        for file in files_in(path):
+            if file.suffix.lower() == ".textgrid":
+                yield file, file.stem, spread(phone_tier(file, tier), file), ""
+        return
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        if file.read(5) == "#file":
-            languages = languages or {}
-            return {fileid: (phones, languages.get(fileid, ""))
-                    for fileid, phones in read_intervals(path).items()}
-    found = {}
+        if file.readline().startswith("#file"):
+            lines = filter(None, map(str.split, file))
+            for fileid, intervals in groupby(lines, key=lambda line: line[0]):
+                intervals = [interval for _, *interval in intervals]
+                yield path, fileid, spread(intervals, f"{path}: {fileid}"), ""
+            return
     for where, line in read_table(str(path), "fileid", "phones", "language"):
-        fileid, language = line["fileid"], line["language"]
-        phones = [*map(sys.intern, line["phones"].split())]  # each phone is kept once
-        require(phones and language, f"{where}: no phones or no language")
-        require(fileid not in found, f"{where}: {fileid} is there twice")
-        found[fileid] = phones, language
-    require(found, f"{path}: no alignments in it")
-    return found
+        yield where, line["fileid"], line["phones"].split(), line["language"]
 
 
-def read_intervals(path):
-    """{fileid: phones}, a phone every 10 ms, of lines `file onset offset phone` without gaps."""
-    found = defaultdict(list)
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines()[1:], 2):
+def spread(intervals, where):
+    """[onset, offset, phone] without gaps -> a phone every 10 ms. Times are text, in seconds, and
+    are rounded in decimals: 5 ms up to 10."""
+    phones = []
+    for interval in intervals:
         try:
-            fileid, onset, offset, phone = line.split()
-            first, end = (round(100 * float(time)) for time in (onset, offset))
-        except ValueError:
-            raise InputError(f"{path}:{number}: not 'file onset offset phone'") from None
-        require(first == len(found[fileid]) and first < end, f"{path}:{number}: {fileid} has a gap "
-                f"or an overlap at {onset} s")
-        found[fileid] += [sys.intern(phone)] * (end - first)
-    require(found, f"{path}: no alignments in it")
-    return dict(found)
+            *times, phone = interval
+            first, end = (int(100 * Decimal(time) + Decimal("0.5")) for time in times)
+        except (ArithmeticError, ValueError):
+            raise InputError(f"{where}: not 'onset offset phone': {interval}") from None
+        require(first == len(phones) and first <= end, f"{where}: a gap or an overlap at {times[0]}")
+        phones += [phone] * (end - first)
+    return phones
+
+
+def read_textgrid(path):
+    """{tier: [(onset, offset, label)]}: the interval tiers of a Praat TextGrid; times stay text."""
+    tiers, content = {}, Path(path).read_bytes()
+    utf16 = content[:2] in (b"\xfe\xff", b"\xff\xfe")
+    try:
+        # In the long form and the short, what counts are strings and numbers that stand alone.
+        values = re.findall(r'(?<!\S)(?:"((?:[^"]|"")*)"|(-?\d\S*))(?!\S)',
+                            content.decode("utf-16" if utf16 else "utf-8-sig"))
+        values = iter([number or string.replace('""', '"') for string, number in values])
+        _, _, _, _, size = islice(values, 5)  # after the type, the class, the beginning, the end
+        for _ in range(int(size)):
+            kind, name, _, _, size = islice(values, 5)
+            fields = 3 if kind == "IntervalTier" else 2
+            lines = [[*islice(values, fields)] for _ in range(int(size))]
+            if fields == 3:
+                tiers[name] = [(onset, offset, label) for onset, offset, label in lines]
+    except ValueError as error:
+        raise InputError(f"{path}: not a TextGrid in text form: {error}") from None
+    return tiers
+
+
+def phone_tier(path, name=None):
+    """The intervals of the tier of that name; without one, of the tier that is called as PHONE_TIERS
+    are, or else of the only one."""
+    tiers = {name.lower(): intervals for name, intervals in read_textgrid(path).items()}
+    wanted = [name.lower()] if name else [*PHONE_TIERS, *(tiers if len(tiers) == 1 else ())]
+    there = [name for name in wanted if name in tiers]
+    require(there, f"{path}: which tier has the phones? There are: {', '.join(tiers) or 'none'}")
+    return [(onset, offset, "SIL" if label.strip().lower() in SILENCES else label.strip())
+            for onset, offset, label in tiers[there[0]]]
+
+
+def write_textgrid(path, seconds, tiers):
+    """{tier: [(onset, offset, label)]} as a TextGrid in the long text form. Gaps become intervals
+    without a label, as Praat wants no gaps."""
+    seconds = max([seconds, *(offset for tier in tiers.values() for _, offset, _ in tier)])
+    lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', "", "xmin = 0",
+             f"xmax = {seconds:.10g}", "tiers? <exists>", f"size = {len(tiers)}", "item []:"]
+    for i, (name, intervals) in enumerate(tiers.items(), 1):
+        whole, end = [], 0
+        for onset, offset, label in [*intervals, (seconds, seconds, "")]:
+            whole += [x for x in ((end, onset, ""), (onset, offset, label)) if x[1] - x[0] > 1e-6]
+            end = offset
+        lines += [f"    item [{i}]:", '        class = "IntervalTier"', f'        name = "{name}"',
+                  "        xmin = 0", f"        xmax = {seconds:.10g}",
+                  f"        intervals: size = {len(whole)}"]
+        for j, (onset, offset, label) in enumerate(whole, 1):
+            label = str(label).replace('"', '""')
+            lines += [f"        intervals [{j}]:", f"            xmin = {onset:.10g}",
+                      f"            xmax = {offset:.10g}", f'            text = "{label}"']
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def aligned_rows(rows, alignments, path="the alignments"):
@@ -455,22 +551,25 @@ def aligned_rows(rows, alignments, path="the alignments"):
 
 
 def inventories(alignments):
-    """{language: its phones}: SIL first, then the others by name. The class is the place."""
-    found = defaultdict(set)
+    """{language: its phones}: SIL first, then the others by name. A phone's index is its class."""
+    phones_of = defaultdict(set)
     for phones, language in alignments.values():
-        found[language].update(phones)
+        phones_of[language].update(phones.names[np.unique(phones.codes)])
     no_others = {"SIL", "UNK", "unk", "<unk>", "SPN", "spn", "PAD", "<pad>"}
-    return {language: ["SIL", *sorted(found[language] - no_others)] for language in sorted(found)}
+    return {language: ["SIL", *sorted(phones_of[language] - no_others)]
+            for language in sorted(phones_of)}
 
 
 def phone_classes(alignments, inventory):
     """{fileid: the class of each phone}, and how many phones are unknown, and therefore IGNORED."""
-    index = {name: {phone: i for i, phone in enumerate(inventory[name])} for name in inventory}
-    classes, unknown = {}, 0
+    classes, unknown, class_of = {}, 0, {}
     for fileid, (phones, language) in alignments.items():
-        numbers = [index[language].get(phone, IGNORED) for phone in phones]
-        classes[fileid] = np.array(numbers, dtype=np.int16)
-        unknown += numbers.count(IGNORED)
+        if language not in class_of:
+            index = {phone: i for i, phone in enumerate(inventory[language])}
+            numbers = [index.get(name, IGNORED) for name in phones.names]
+            class_of[language] = np.array(numbers, dtype=np.int16)
+        classes[fileid] = class_of[language][phones.codes]
+        unknown += int((classes[fileid] == IGNORED).sum())
     return classes, unknown
 
 

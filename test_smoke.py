@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter, defaultdict
 from functools import partial
 from operator import attrgetter
@@ -620,14 +621,127 @@ def test_a_batch_that_is_repeated_has_other_crops_and_masks(ramp):
     assert starts_of(alone[0]) == starts_of(step[0])  # as before the others were there
 
 
-def test_phones():
+def test_phones(cli):
     classes = np.arange(100, dtype=np.int16)
     for start, expected in (0, [0, 2, 4]), (1681, [11, 13]), (15_520, [97, 99, data.IGNORED]):
         assert data.phones_of_crop(classes, start, len(expected)).tolist() == expected
-    alignments = {"u": (["a", "SIL", "spn", "q"], "x")}
+    Path("a.csv").write_text("fileid,phones,language\nu,a SIL spn q,x\n")
+    alignments = data.read_alignments("a.csv")
     assert data.inventories(alignments) == {"x": ["SIL", "a", "q"]}
     classes, unknown = data.phone_classes(alignments, {"x": ["SIL", "a"]})
     assert classes["u"].tolist() == [1, 0, data.IGNORED, data.IGNORED] and unknown == 2
+
+
+def test_alignments_take_little_memory(tmp_path):
+    lines = (f"{i},{' '.join(['SIL', 'aa', 'b'] * 10_000)},x\n" for i in range(10))
+    (tmp_path / "a.csv").write_text("fileid,phones,language\n" + "".join(lines))
+    tracemalloc.start()
+    alignments = data.read_alignments(tmp_path / "a.csv")
+    classes = data.phone_classes(alignments, data.inventories(alignments))
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 1_000_000  # of 300,000 phones: a byte each, and two for the class
+    assert [*alignments["9"][0][:4]] == ["SIL", "aa", "b", "SIL"] and classes[0]["9"][1] == 1
+
+
+GRID = """File type = "ooTextFile"
+Object class = "TextGrid"
+
+xmin = 0
+xmax = 0.5
+tiers? <exists>
+size = 3
+item []:
+    item [1]:
+        class = "IntervalTier"
+        name = "words"
+        xmin = 0
+        xmax = 0.5
+        intervals: size = 1
+        intervals [1]:
+            xmin = 0
+            xmax = 0.5
+            text = "say ""5 a"" ʃ"
+    item [2]:
+        class = "TextTier"
+        name = "clicks"
+        xmin = 0
+        xmax = 0.5
+        points: size = 1
+        points [1]:
+            number = 0.3
+            mark = "!"
+    item [3]:
+        class = "IntervalTier"
+        name = "Phones"
+        xmin = 0
+        xmax = 0.5
+        intervals: size = 5
+        intervals [1]:
+            xmin = 0
+            xmax = 0.0449
+            text = ""
+        intervals [2]:
+            xmin = 0.0449
+            xmax = 0.285
+            text = "ʃ"
+        intervals [3]:
+            xmin = 0.285
+            xmax = 0.288
+            text = "t"
+        intervals [4]:
+            xmin = 0.288
+            xmax = 0.3
+            text = "5 ""a"" b"
+        intervals [5]:
+            xmin = 0.3
+            xmax = 0.5
+            text = "<p:>"
+"""
+
+
+def test_textgrids_are_read(tmp_path):
+    short = re.sub(r"^ *\w+ \[\d*\]:\n", "", GRID, flags=re.M)
+    short = re.sub(r'^[^"\n]*?(?<!\S)("|\d\S*$|<exists>)', r"\1", short, flags=re.M)
+    assert short.startswith('"ooTextFile"\n"TextGrid"\n\n0\n0.5\n<exists>\n3\n"Interval')
+    for name, text, encoding in (("deep/a", GRID, "utf-8"), ("b", GRID, "utf-16"),
+                                 ("c", short, "utf-8-sig"), ("d", short, "utf-16")):
+        path = tmp_path / "in" / f"{name}.TextGrid"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding=encoding)
+        assert data.read_textgrid(path)["words"] == [("0", "0.5", 'say "5 a" ʃ')]
+    alignments = data.read_alignments(tmp_path / "in", dict(a="x", b="y", c="z"))
+    assert {file: language for file, (_, language) in alignments.items()} == dict(
+        a="x", b="y", c="z", d="")
+    # 44.9 ms are 4 phones, 285 ms are 29: halves go up, in decimals. What is too short goes.
+    phones = ["SIL"] * 4 + ["ʃ"] * 25 + ['5 "a" b'] + ["SIL"] * 20
+    assert all(found == phones for found, _ in alignments.values())
+    [*words] = data.read_alignments(tmp_path / "in", tier="WORDS")["a"][0]
+    assert words == ['say "5 a" ʃ'] * 50
+    complains("which tier .* words, phones", data.read_alignments, tmp_path / "in", tier="x")
+    path = tmp_path / "in/b.TextGrid"
+    path.write_text(GRID.replace("Phones", "sounds"))
+    complains("which tier", data.read_alignments, tmp_path / "in")
+    for old, new, message in (("xmax = 0.3", "xmax = 0.2", "an overlap at 0.288"),
+                              ("xmax = 0.3", "xmax = 0.2x", "0.2x"), (GRID[-200:], "", "TextGrid")):
+        path.write_text(GRID.replace(old, new))
+        complains(f"b.TextGrid: .*{message}", data.read_alignments, tmp_path / "in")
+
+
+def test_textgrids_are_written(tmp_path):
+    path, label = tmp_path / "out.TextGrid", 'say "5 a" ʃ'
+    units = [(0.0, 0.06, "12"), (0.06, 0.1, "3"), (0.5, 1.0, label)]
+    data.write_textgrid(path, 1.234, dict(units=units, phones=[(0.1, 1.25, "a")], empty=[]))
+    whole = dict(
+        units=[*units[:2], (0.1, 0.5, ""), units[2], (1.0, 1.25, "")],
+        phones=[(0.0, 0.1, ""), (0.1, 1.25, "a")], empty=[(0.0, 1.25, "")])
+    assert whole == {name: [(float(on), float(off), label) for on, off, label in tier]
+                     for name, tier in data.read_textgrid(path).items()}
+    praatio = pytest.importorskip("praatio.textgrid")
+    grid = praatio.openTextgrid(str(path), includeEmptyIntervals=True)
+    assert whole == {name: [*map(tuple, grid.getTier(name).entries)] for name in grid.tierNames}
+    grid.save(str(path), format="short_textgrid", includeBlankSpaces=True)
+    assert data.read_textgrid(path)["units"][-2] == ("0.5", "1", label)
 
 
 def test_manifests(cli):
@@ -636,6 +750,9 @@ def test_manifests(cli):
     Path("in/bad.wav").write_text("not audio")
     _, out, err = cli(data, "manifest", "in", "m.csv")
     assert "bad.wav: Error opening" in err and "5 recordings" in out
+    assert "2 recordings" in cli(data, *"manifest in/aa aa.csv --language fr".split())[1]
+    assert [row.language for row in data.read_manifest("aa.csv")] == ["fr"] * 2
+    assert [row.language for row in data.read_manifest("m.csv")] == ["aa"] * 2 + ["twice"] * 2 + [""]
     refused(cli(data, "manifest", "in", "m.csv"), "m.csv is there already")
     Path("m.tsv").write_text("in\naa/x.wav\t16000\naa/y.flac\t32000\ntwice/y.flac\t80000\n")
     Path("n.csv").write_text("path,num_frames\nin/aa/x.wav,16000\n")
@@ -1411,7 +1528,7 @@ def test_discophon(toy, reference, cli):
     assert code == 0 and "-" in out.splitlines()[1].split() and err.count("is not there") == 2
     refused(cli(evaluate, *verb, "goxi,xyz"), "no audio/CODE/test of xyz")
     Path("gap.txt").write_text("#file onset offset #phone\na 0 0.5 x\na 0.6 0.7 y\n")
-    complains("gap.txt:3: a has a gap", data.read_alignments, "gap.txt")
+    complains("gap.txt: a: a gap or an overlap at 0.6", data.read_alignments, "gap.txt")
 
 
 @torch.no_grad()
