@@ -476,7 +476,8 @@ def spread(intervals, where):
             first, end = (int(100 * Decimal(time) + Decimal("0.5")) for time in times)
         except (ArithmeticError, ValueError):
             raise InputError(f"{where}: not 'onset offset phone': {interval}") from None
-        require(first == len(phones) and first <= end, f"{where}: a gap or an overlap at {times[0]}")
+        gapless = first == len(phones) and first <= end
+        require(gapless, f"{where}: a gap or an overlap at {times[0]}")
         phones += [phone] * (end - first)
     return phones
 
@@ -503,8 +504,8 @@ def read_textgrid(path):
 
 
 def phone_tier(path, name=None):
-    """The intervals of the tier of that name; without one, of the tier that is called as PHONE_TIERS
-    are, or else of the only one."""
+    """The intervals of the tier of that name; without a name, of the first of PHONE_TIERS that is
+    there, or of the only tier."""
     tiers = {name.lower(): intervals for name, intervals in read_textgrid(path).items()}
     wanted = [name.lower()] if name else [*PHONE_TIERS, *(tiers if len(tiers) == 1 else ())]
     there = [name for name in wanted if name in tiers]

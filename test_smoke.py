@@ -41,7 +41,7 @@ import evaluate
 import meta_train
 import model as networks
 import pretrain
-from extras import experiments, maml, page, speed
+from extras import corpora, experiments, maml, page, speed
 from extras import toy as toy_world
 from model import Config, InputError, SpidR, num_frames
 
@@ -728,9 +728,19 @@ def test_textgrids_are_read(tmp_path):
         complains(f"b.TextGrid: .*{message}", data.read_alignments, tmp_path / "in")
 
 
+def test_phones_become_textgrids_and_come_back(toy, tmp_path):
+    goxi = data.read_alignments(toy / "eval/goxi_alignments.csv")
+    for fileid, (phones, _) in goxi.items():
+        edges = [i for i in range(len(phones)) if i == 0 or phones[i] != phones[i - 1]]
+        tier = [(i / 100, j / 100, phones[i]) for i, j in zip(edges, [*edges[1:], len(phones)])]
+        data.write_textgrid(tmp_path / f"{fileid}.TextGrid", len(phones) / 100, dict(MAU=tier))
+    assert data.read_alignments(tmp_path, dict.fromkeys(goxi, "goxi")) == goxi
+
+
 def test_textgrids_are_written(tmp_path):
-    path, label = tmp_path / "out.TextGrid", 'say "5 a" ʃ'
+    label = 'say "5 a" ʃ'
     units = [(0.0, 0.06, "12"), (0.06, 0.1, "3"), (0.5, 1.0, label)]
+    path = tmp_path / "out.TextGrid"
     data.write_textgrid(path, 1.234, dict(units=units, phones=[(0.1, 1.25, "a")], empty=[]))
     whole = dict(
         units=[*units[:2], (0.1, 0.5, ""), units[2], (1.0, 1.25, "")],
@@ -752,7 +762,8 @@ def test_manifests(cli):
     assert "bad.wav: Error opening" in err and "5 recordings" in out
     assert "2 recordings" in cli(data, *"manifest in/aa aa.csv --language fr".split())[1]
     assert [row.language for row in data.read_manifest("aa.csv")] == ["fr"] * 2
-    assert [row.language for row in data.read_manifest("m.csv")] == ["aa"] * 2 + ["twice"] * 2 + [""]
+    languages = [row.language for row in data.read_manifest("m.csv")]
+    assert languages == ["aa"] * 2 + ["twice"] * 2 + [""]
     refused(cli(data, "manifest", "in", "m.csv"), "m.csv is there already")
     Path("m.tsv").write_text("in\naa/x.wav\t16000\naa/y.flac\t32000\ntwice/y.flac\t80000\n")
     Path("n.csv").write_text("path,num_frames\nin/aa/x.wav,16000\n")
@@ -782,6 +793,87 @@ def test_a_folder_s_short_recordings_are_left_out(tmp_path, capsys):
     rows = pretrain.read_rows(tmp_path, pretrain.Options(min_samples=16_000))
     assert [row.fileid for row in rows] == ["long"]
     assert "short.wav: 8000 samples at 16 kHz, under the minimum" in capsys.readouterr().err
+
+
+# ======== corpora ========
+# Miniature copies of the layouts in which corpora are distributed.
+
+
+def write_grid(path, seconds, *phones):
+    """The phones last 100 ms each, the last one to the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tier = [(i / 10, i / 10 + 0.1, phone) for i, phone in enumerate(phones)]
+    tier[-1] = tier[-1][0], seconds, phones[-1]
+    data.write_textgrid(path, seconds, dict(words=[(0, seconds, "word")], phones=tier))
+
+
+def written(cli, corpus, *more):
+    """What the command writes, read as any manifest and alignments are."""
+    status, out, err = cli(corpora, corpus, "in", "out.csv", *more)
+    assert status == 0, err
+    rows = data.check_audio(data.read_manifest("out.csv"), 2000)
+    phones = {}
+    if Path("out_alignments.csv").exists():
+        phones = data.read_alignments("out_alignments.csv")
+        data.aligned_rows(rows, phones)
+    refused(cli(corpora, corpus, "in", "out.csv", *more), "out.csv is there already")
+    return {row.fileid: row for row in rows}, phones, err
+
+
+def test_librispeech(cli):
+    write_tone("in/LibriSpeech/dev-clean/84/121123/84-121123-0000.flac", seconds=0.5)
+    write_tone("in/LibriSpeech/dev-clean/84/121123/84-121123-0001.flac", seconds=0.7)
+    Path("in/LibriSpeech/dev-clean/84/121123/84-121123.trans.txt").write_text("84-121123-0000 GO")
+    folder = Path("grids/LibriSpeech/dev-clean/84/121123")
+    write_grid(folder / "84-121123-0000.TextGrid", 0.5, "", "AH0", "G", "spn")
+    write_grid(folder / "84-121123-0001.TextGrid", 0.9, "T")
+    write_grid(folder / "84-121123-0002.TextGrid", 0.9, "T")
+    (folder / "84-121123-0003.TextGrid").write_text("File type")
+    rows, phones, err = written(cli, "librispeech", "--alignments", "grids")
+    assert {fileid: row.num_samples for fileid, row in rows.items()} == {
+        "84-121123-0000": 8000, "84-121123-0001": 11200}
+    assert {file: ([*found], language) for file, (found, language) in phones.items()} == {
+        "84-121123-0000": ([*["SIL"] * 10, *["AH"] * 10, *["G"] * 10, *["spn"] * 20], "en")}
+    assert "84-121123-0001: 0.9 s, the recording has 0.70 s" in err and "0003.TextGrid: not" in err
+    assert re.search(r"^84-121123-0000,/.*,8000,en,84$", Path("out.csv").read_text(), re.M)
+
+
+def test_voxpopuli(cli):
+    for name in "fr/2013/x_fr_1", "fr/2014/x_fr_1", "de/2009/20090114-0900_de_0":
+        write_tone(f"in/unlabelled_data/{name}.ogg")
+    rows, _, _ = written(cli, "voxpopuli")
+    assert {fileid: row.language for fileid, row in rows.items()} == {
+        "20090114-0900_de_0": "de", "unlabelled_data/fr/2013/x_fr_1": "fr",
+        "unlabelled_data/fr/2014/x_fr_1": "fr"}
+
+
+def test_common_voice(cli):
+    write_tone("in/clips/common_voice_cy_1.mp3", 48_000)
+    Path("in/validated.tsv").write_text(
+        "client_id\tpath\tsentence\tup_votes\tlocale\n"
+        'ab\tcommon_voice_cy_1.mp3\t"Ie, meddai\t2\tcy\n'  # a quote that is never closed
+        "cd\tcommon_voice_cy_2.mp3\tNa\t2\tcy\n")
+    rows, _, err = written(cli, "commonvoice")
+    assert [(row.fileid, row.language) for row in rows.values()] == [("common_voice_cy_1", "cy")]
+    assert "common_voice_cy_2.mp3: no such file" in err
+
+
+def test_kaldi(cli):
+    soundfile.write(write_tone("in/a.wav", seconds=3), np.arange(48_000) / 48_000, 16_000)
+    for name, text in (("wav.scp", f"rec {Path('in/a.wav').absolute()}\n"),
+                       ("segments", "s-u1 rec 0.5 1.5\ns-u2 rec 1.5 2.75\ns-u3 rec 2.5 3.5\n"),
+                       ("utt2spk", "s-u1 s\ns-u2 s\ns-u3 s\n"), ("phones.txt", "SIL 1\nAA_B 2\n"),
+                       ("ali.ctm", "s-u1 1 0.00 0.30 1\ns-u1 1 0.30 0.68 2\ns-u2 1 0.1 0.2 1\n")):
+        Path("in", name).write_text(text)
+    refused(cli(corpora, "kaldi", "in", "out.csv"), "--language")
+    rows, phones, err = written(cli, *"kaldi --language sw --alignments in/ali.ctm".split())
+    assert {fileid: row.num_samples for fileid, row in rows.items()} == {
+        "s-u1": 16_000, "s-u2": 20_000}
+    assert data.read_audio(rows["s-u1"].path)[0] == pytest.approx(0.5 / 3, abs=1e-4)
+    assert [*phones] == ["s-u1"] and [*phones["s-u1"][0]] == ["SIL"] * 30 + ["AA"] * 68
+    assert "s-u3: cut short" in err and "s-u2: a gap" in err
+    Path("in/wav.scp").write_text("rec sph2pipe -f wav a.sph |\n")
+    refused(cli(corpora, *"kaldi in other.csv --language sw".split()), "is a command, not a file")
 
 
 # ======== pretraining ========
