@@ -1,6 +1,6 @@
-"""The toy world: made-up languages, synthesised, which the scripts take where no audio is given.
+"""The toy world: synthesised speech in made-up languages, for scripts that are given no audio.
 
-    python extras/toy.py FOLDER                     writes it, to listen to
+    python extras/toy.py FOLDER                             writes it, to listen to
     python extras/toy.py table RUN [RUN ...] [--layer L]    ABX of these runs on its languages
 """
 
@@ -26,15 +26,16 @@ from data import (
 from model import InputError, require, run
 
 # ======== the languages ========
-# Ten made-up languages: five to pretrain on; three unseen ones with phones that no source has,
-# other vowels and nearly twice the pace; and two far ones: tonu, whose vowels differ by tone, and
-# qxan, which has clicks and ejectives. Speech is made as textbooks explain it: a source (pulses of
-# the glottis, noise of a narrow passage) through a filter (the resonances of the mouth). Speakers,
-# sloppy articulation, echo and noise make it hard. All is a function of the seed and of names.
+# Ten made-up languages. Five to pretrain on. Three unseen ones, with phones that none of the five
+# has, other vowels and nearly twice the pace. And two far ones: tonu, whose vowels differ by tone,
+# and qxan, which has clicks and ejectives.
+# Speech is made as textbooks explain it: a source (pulses of the glottis, noise of a narrow
+# passage) goes through a filter (the resonances of the mouth). Different speakers, sloppy
+# articulation, echo and noise make it hard. Everything depends on the seed and on names alone.
 
 TOY_VERSION = 6
 PLAIN = 1, (1, 1, 1)
-LANGUAGES = {  # phones; pace; what its accent does to the resonances F1, F2, F3
+LANGUAGES = {  # phones; pace; the factors by which its accent shifts the resonances F1, F2, F3
     "baso": ("i e E a o u p t k b d g m n s z l", *PLAIN),
     "delu": ("i I E a O U p t k b m n N f v h r", *PLAIN),
     "kemi": ("i e @ a o u b d g tS m n v z S j w", *PLAIN),
@@ -48,7 +49,8 @@ LANGUAGES = {  # phones; pace; what its accent does to the resonances F1, F2, F3
 }
 SOURCES, TARGETS, FAR = list(LANGUAGES)[:5], list(LANGUAGES)[5:8], list(LANGUAGES)[8:]
 EVAL_SOURCES, LM_LANGUAGE = SOURCES[:2], SOURCES[0]
-CORPORA = {  # languages; of each: recordings, speakers; sentences in a recording; dB over the noise
+# Languages; recordings and speakers of each; sentences in a recording; dB of speech over noise.
+CORPORA = {
     "train": (SOURCES, 48, 16, (5, 7.5), (2, 18)),
     "eval": (TARGETS + EVAL_SOURCES, 32, 4, (2, 7), (2, 18)),
     "target": (TARGETS, 60, 6, (5, 7.5), (2, 18)),
@@ -67,13 +69,14 @@ VOWELS = {
 GLIDES = {
     "l": (380, 1150, 2750), "r": (430, 1250, 1650), "j": (270, 2200, 3050), "w": (300, 680, 2250),
 }
-# Where they point while the mouth is narrow; strength, centre and width of the noise made there.
+# Consonants, by where the mouth is narrow: F1, F2, F3, and the strength, centre and width of the
+# noise that is made there.
 LABIAL, DENTAL = (330, 850, 2200, 0.25, 5000, 4000), (340, 1350, 2600, 0.3, 6400, 1500)
 ALVEOLAR, PALATAL = (340, 1700, 2650, 0.8, 6000, 1100), (290, 2150, 2850, 0.8, 3400, 800)
 VELAR, GLOTTAL = (320, 1700, 2100, 0.5, 1900, 500), (500, 1450, 2500, 0.4, 1400, 1200)
 TONES = {"1": (0.25, 0.25), "2": (-0.25, -0.25), "3": (-0.25, 0.25), "4": (0.25, -0.25)}
-# 10 ms frames; voice, noise, nasality and tone, a logarithm of pitch, in each of its parts, which
-# last equally long.
+# How phones are made: their length in frames of 10 ms; their parts, equally long, each with its
+# voice, noise, nasality and perhaps tone (added to the logarithm of pitch); their mouths.
 MANNERS = [
     (18, [(0, 0, 0)], {"SIL": (500, 1450, 2500)}),
     (10, [(1, 0, 0)], VOWELS),
@@ -93,31 +96,31 @@ MANNERS = [
       for tone, (begin, end) in TONES.items()),
 ]
 PHONES = {
-    phone: (frames, parts, place)
-    for frames, parts, phones in MANNERS for phone, place in phones.items()
+    phone: (frames, parts, mouth)
+    for frames, parts, phones in MANNERS for phone, mouth in phones.items()
 }
 
 
 def chance(*key):
-    """Random numbers for one purpose, so that nothing depends on the order of the work."""
+    """A generator for one purpose, so that nothing depends on the order of the work."""
     return np.random.default_rng([zlib.crc32(str(part).encode()) for part in key])
 
 
 def make_language(seed, name):
-    """The words, each a tuple of phones, by what they are; nouns and verbs belong to 4 topics."""
+    """The words by their kind, each a tuple of phones. Nouns and verbs belong to four topics."""
     phones, rng, taken = LANGUAGES[name][0].split(), chance(seed, "language", name), set()
     kinds = {
         "V": [p for p in phones if p.strip("1234") in VOWELS],
         "C": [p for p in phones if p.strip("1234") not in VOWELS]}
 
     def words(count, shapes, *ending):
-        found = []
-        while len(found) < count:
+        made = []
+        while len(made) < count:
             word = *(str(rng.choice(kinds[kind])) for kind in rng.choice(shapes)), *ending
             if word not in taken:
                 taken.add(word)
-                found.append(word)
-        return found
+                made.append(word)
+        return made
 
     # A noun ends in the vowel of its gender, a verb in a consonant; determiners have a gender too.
     genders, verb = kinds["V"][1:4:2], kinds["C"][-1]
@@ -126,12 +129,13 @@ def make_language(seed, name):
         "determiners": [words(2, ["CV"]) for _ in genders],
         "nouns": [[words(5, noun_shapes, vowel) for vowel in genders] for topic in range(4)],
         "verbs": [words(5, ["CV", "VCV", "CVCCV"], verb) for topic in range(4)],
-        "rare": [words(2, noun_shapes, vowel) for vowel in genders],  # nouns that nobody says
+        "rare": [words(2, noun_shapes, vowel) for vowel in genders],  # nouns that no sentence has
     }
 
 
 def sentence(lang, rng, topic, genders=None):
-    """Determiner, noun, verb, determiner, noun, on one topic; some words are said more often."""
+    """Determiner, noun, verb, determiner, noun, on one topic. The first words of a list are said
+    most often."""
     def pick(words):
         weights = 1 / np.arange(2, len(words) + 2)
         return words[rng.choice(len(words), p=weights / weights.sum())]
@@ -143,7 +147,7 @@ def sentence(lang, rng, topic, genders=None):
 
 
 def make_voice(seed, language, speaker):
-    """A shorter mouth has higher formants, and mostly goes with a higher pitch."""
+    """A shorter mouth has higher formants, and usually goes with a higher pitch."""
     rng, (_, pace, accent) = chance(seed, "voice", language, speaker), LANGUAGES[language]
     short = rng.integers(2)
     return {
@@ -173,15 +177,15 @@ def smooth(track, steps):
 
 def articulate(tokens, voice, rng):
     """Tokens -> a row every 5 ms [T, 9]: F1 F2 F3, tone, voice, noise, nasality, the noise's centre
-    and width. Tongue and lips are slow: formants glide over 75 ms, so a phone sounds of its
+    and width. Tongue and lips are slow: formants glide over 75 ms, so a phone depends on its
     neighbours, and a short one never reaches its target."""
     rows, steps = [], []
     for phone, frames in tokens:
-        _, parts, place = PHONES[phone]
-        strength, centre, width = place[3:] or (0, 2000, 2000)
+        _, parts, mouth = PHONES[phone]
+        strength, centre, width = mouth[3:] or (0, 2000, 2000)
         sloppy = rng.normal(1, 0.09, 8)  # nobody says it twice the same
         rows += [
-            np.insert(sloppy * (*place[:3], voiced, noise * strength, nasal, centre, width), 3,
+            np.insert(sloppy * (*mouth[:3], voiced, noise * strength, nasal, centre, width), 3,
                       sum(tone)) for voiced, noise, nasal, *tone in parts]
         steps += np.diff(np.arange(len(parts) + 1) * 2 * frames // len(parts)).tolist()
     track = np.repeat(rows, steps, axis=0)
@@ -235,7 +239,7 @@ def record(clean, snr, rng):
 
 
 def write_wavs(jobs):
-    """Jobs are (path, tokens, voice, range of decibels, key of their chance)."""
+    """Jobs are (path, tokens, voice, range of decibels, key of their random numbers)."""
     def write(path, tokens, voice, snr, key):
         path.parent.mkdir(parents=True, exist_ok=True)
         wave = record(speak(tokens, voice, chance(*key)), snr, chance(*key, "room"))
@@ -332,15 +336,15 @@ def write_discophon(folder, world):
     """The unseen languages once more, as DiscoPhon's folder has its languages."""
     for language, (split, part) in product(TARGETS, (("train-10min", "target"), ("test", "eval"))):
         rows = read_manifest(world / part / f"{language}.csv")
-        phones = read_alignments(world / part / f"{language}_alignments.csv")
+        alignments = read_alignments(world / part / f"{language}_alignments.csv")
         audio, lines = folder / "audio" / language / split, ["#file onset offset #phone"]
         audio.mkdir(parents=True)
         for row in rows:
             shutil.copy(row.path, audio)
-            at = 0
-            for phone, same in groupby(phones[row.fileid][0]):
-                begin, at = at, at + len([*same])
-                lines.append(f"{row.fileid} {begin / 100:.2f} {at / 100:.2f} {phone}")
+            end = 0
+            for phone, same in groupby(alignments[row.fileid][0]):
+                begin, end = end, end + len([*same])
+                lines.append(f"{row.fileid} {begin / 100:.2f} {end / 100:.2f} {phone}")
         for kind in "alignment", "item", "manifest":
             (folder / kind).mkdir(exist_ok=True)
         name = f"{language}-{split}"
@@ -351,7 +355,7 @@ def write_discophon(folder, world):
 
 
 def toy(folder, parts=(*CORPORA, "discophon"), seed=0, scale=1.0):
-    """Makes the parts of the toy world that are not there yet; all are 200 minutes of audio.
+    """Makes those parts of the toy world that are not there yet. Together they are 200 minutes.
 
     train.csv  eval/LANG.csv  target/LANG.csv  lm/train.csv    manifests, with _alignments and .item
     far_eval/LANG.csv  far_target/LANG.csv                     the same of the far languages
@@ -362,32 +366,32 @@ def toy(folder, parts=(*CORPORA, "discophon"), seed=0, scale=1.0):
     """
     about = {"version": TOY_VERSION, "seed": seed, "scale": scale}
     for part in ("train", *parts):
-        place = Path(folder) if part == "train" else Path(folder, part)
-        if not place.exists():
-            make_part(place, part, about)
+        out = Path(folder) if part == "train" else Path(folder, part)
+        if not out.exists():
+            make_part(out, part, about)
         try:
-            about = json.loads((place / "toy.json").read_text())
+            about = json.loads((out / "toy.json").read_text())
             require(about["version"] == TOY_VERSION, "another version")
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{place}: no toy world, or one of another version of the code: name "
+            raise InputError(f"{out}: no toy world, or one of another version of the code: name "
                              "a new folder") from None
     return Path(folder)
 
 
-def make_part(place, part, about):
+def make_part(out, part, about):
     """A part is written under a temporary name and gets its own when it is whole."""
-    print(f"making {place}, a part of the toy world", flush=True)
-    new = place.with_name(f"{place.name}.tmp{os.getpid()}")
+    print(f"making {out}, a part of the toy world", flush=True)
+    new = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:
         if part == "discophon":
-            write_discophon(new, toy(place.parent, ["target", "eval"]))
+            write_discophon(new, toy(out.parent, ["target", "eval"]))
         else:
             said = write_corpora(new, part, about["seed"], about["scale"])
         if part == "lm":
             write_tests(new, about["seed"], about["scale"], said)
         (new / "toy.json").write_text(json.dumps(about))
-        if not place.exists():  # else another process was faster
-            new.rename(place)
+        if not out.exists():  # else another process was faster
+            new.rename(out)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -395,10 +399,10 @@ def make_part(place, part, about):
 # ======== the table ========
 
 
-def toy_table(toy, encoders, layer=None, every=False):
-    """ABX on the toy world, a few tokens a cell, of one layer that is fixed beforehand, or of every
-    layer. -> {encoder: [layers, 4]}: the mean of the unseen languages within and across speakers,
-    then a seen language within and across."""
+def toy_table(world, encoders, layer=None, every=False):
+    """ABX on the toy world, with a few tokens a cell, at one layer or at every layer. Returns
+    {encoder: [layers, 4]}: within and across speakers, the mean of the unseen languages and then a
+    seen one."""
     evaluate.print_row("ABX error, %", "layer", "unseen within", "unseen across", "seen within",
               "seen across")
     tables = {}
@@ -407,12 +411,12 @@ def toy_table(toy, encoders, layer=None, every=False):
         if every:
             layers = range(1, encoder.layers + 1)
         for language in [*TARGETS, EVAL_SOURCES[0]]:
-            rows = read_manifest(toy / "eval" / f"{language}.csv")
-            items = toy / "eval" / f"{language}.item"
-            found = dict(evaluate.extract(rows, encoder, layers))
+            rows = read_manifest(world / "eval" / f"{language}.csv")
+            items = world / "eval" / f"{language}.item"
+            outputs_of = dict(evaluate.extract(rows, encoder, layers))
             errors.append([])
             for n in range(len(layers)):
-                features = {file: outputs[n] for file, outputs in found.items()}
+                features = {file: outputs[n] for file, outputs in outputs_of.items()}
                 errors[-1].append([
                     evaluate.abx(features, items, speaker, max_size_group=5, max_x_across=2)
                     for speaker in ("within", "across")])
