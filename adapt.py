@@ -17,7 +17,6 @@ codewords in use on the audio held out, before and after. With --items it also s
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -256,13 +255,11 @@ def print_held_out(path):
 
 
 def hold_out(rows, options, config):
-    """The recordings to learn from, and the batches of those to follow the loss on, if any."""
-    rng = np.random.default_rng([options.seed, data.STREAM_HELD_OUT])
-    order = rng.permutation(len(rows))
-    count = min(math.ceil(options.held_out * len(rows)), len(rows) - 1)  # one is left to learn from
-    kept, held_out = ([rows[i] for i in sorted(part)] for part in (order[count:], order[:count]))
-    if not held_out:
-        return kept, None
+    """What to learn from, and the batches of what to follow the loss on, if any."""
+    if options.held_out == 0 or len(rows) < 2:
+        return rows, None
+    key = options.seed, data.STREAM_HELD_OUT
+    held_out, kept = draw(rows, options.held_out * seconds_of(rows), key)
     return kept, data.Batches(held_out, config, options, stream=(data.STREAM_VALID,))
 
 
@@ -285,12 +282,18 @@ def audio_rows(options, ranks):
 
 
 def subset(rows, seconds, seed):
-    """A random part of the recordings, which together last about so long."""
     have = seconds_of(rows)
     require(have >= seconds, f"--budget {seconds:g} s: there are only {have:.0f} s of audio")
-    order = np.random.default_rng([seed, data.STREAM_BUDGET]).permutation(len(rows))
+    return draw(rows, seconds, (seed, data.STREAM_BUDGET), spare=0)[0]
+
+
+def draw(rows, seconds, key, spare=1):
+    """Random recordings, or pieces of long ones, which together last about so long; and the others,
+    of which there are at least `spare`."""
+    order = np.random.default_rng(key).permutation(len(rows))
     ends = np.cumsum([rows[i].num_samples for i in order]) / data.SAMPLE_RATE
-    return [rows[i] for i in sorted(order[: np.searchsorted(ends, seconds) + 1])]
+    count = min(np.searchsorted(ends, seconds) + 1, len(rows) - spare)
+    return [[rows[i] for i in sorted(part)] for part in (order[:count], order[count:])]
 
 
 def seconds_of(rows):

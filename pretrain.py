@@ -208,9 +208,9 @@ def main():
     per_step = ranks.world * options.accumulate
     unlabelled = data.Batches(rows, model.config, options, per_step)
     labelled = labelled_rows and data.Batches(
-        labelled_rows, model.config, options, per_step, classes, stream=(1,))
+        labelled_rows, model.config, options, per_step, classes, stream=(data.STREAM_LABELLED,))
     valid = options.valid and data.Batches(
-        read_rows(options.valid, options), model.config, options, stream=(2,))
+        read_rows(options.valid, options), model.config, options, stream=(data.STREAM_VALID,))
 
     # ======== model, optimizer ========
     for language, phones in inventory.items():
@@ -444,27 +444,33 @@ def make_toy(options, ranks, part):
     barrier()
 
 
+def read_recordings(manifest, options):
+    rows = data.read_manifest(manifest, minimum=options.min_samples)
+    return data.check_audio(rows, options.min_samples)
+
+
 def read_rows(manifest, options):
-    return data.check_audio(data.read_manifest(manifest), options.min_samples)
+    return data.pieces(read_recordings(manifest, options), options.max_samples)
 
 
 def read_data(options, ranks, inventory, supervised):
-    """All recordings; the labelled ones; their phones as classes; the phone inventories."""
+    """All recordings in pieces; the labelled ones; their phones as classes; the inventories."""
     manifest, path = options.manifest, options.alignments
     if not manifest:
         make_toy(options, ranks, "train")
         manifest = Path(options.toy) / "train.csv"
         path = path or Path(options.toy) / "train_alignments.csv"
-    rows = read_rows(manifest, options)
+    recordings = read_recordings(manifest, options)
+    rows = data.pieces(recordings, options.max_samples)
     if not (path and supervised):
         return rows, [], {}, inventory
-    alignments = data.read_alignments(path, {row.fileid: row.language for row in rows})
-    labelled_rows = data.aligned_rows(rows, alignments, path)
+    alignments = data.read_alignments(path, {row.fileid: row.language for row in recordings})
+    labelled = data.aligned_rows(recordings, alignments, path)
     inventory = data.inventories(alignments) | inventory
     classes, unknown = data.phone_classes(alignments, inventory)
     if unknown and ranks.first:
         print(f"{path}: {unknown} frames of unknown phones are ignored", file=sys.stderr)
-    return rows, labelled_rows, classes, inventory
+    return rows, data.pieces(labelled, options.max_samples), classes, inventory
 
 
 def fetch(batches, options, ranks, first, log):

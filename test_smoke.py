@@ -571,6 +571,11 @@ def test_a_crop_comes_with_its_own_phones(ramp):
     batches = data.Batches([row] * 4, Config(), o, 1, classes)
     starts = sum((starts_of(batches[i]) for i in range(20)), [])
     assert len({*starts}) == 40 and min(starts) < 20_000 and max(starts) > 140_000
+    # Other keys would be other runs: none would resume, and no result be found again.
+    assert starts[:4] == [1878, 155_689, 18_977, 105_929]
+    assert batches[0]["mask"][0].nonzero().flatten()[:6].tolist() == [8, 10, 11, 12, 13, 14]
+    streams = [value for name, value in vars(data).items() if name.startswith("STREAM_")]
+    assert streams == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
 
 
 def test_a_long_recording_counts_as_several(ramp):
@@ -585,6 +590,26 @@ def test_a_long_recording_counts_as_several(ramp):
         step = range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch)
         starts = sorted(sum((starts_of(batches[i]) for i in step), []))
         assert [start * 6 // 200_000 for start in starts] == [*range(6)]  # a crop of each piece
+
+
+def test_labelled_recordings_are_cut_too(toy):
+    o = pretrain.Options(manifest=toy / "train.csv", alignments=toy / "train_alignments.csv",
+                         max_samples=32_000)
+    rows, labelled, classes, _ = pretrain.read_data(o, ONE, {}, True)
+    assert len(rows) == len(labelled) > 2 * len(classes)
+    for row in labelled:
+        assert 32_000 <= row.num_samples < 64_000
+        assert row.start + row.num_samples <= 160 * len(classes[row.fileid])
+
+
+def test_hold_out_and_budget_count_seconds():
+    """Of three recordings, of which one is as long as fifty crops."""
+    long, *short = ten_seconds(3)
+    rows = data.pieces([long._replace(num_samples=16_000_000), *short], 320_000)
+    kept, held_out = adapt.hold_out(rows, adapt.Options(), Config())
+    seconds = adapt.seconds_of(held_out.rows)
+    assert 102 <= seconds <= 122 and adapt.seconds_of(kept) == 1020 - seconds
+    assert 60 <= adapt.seconds_of(adapt.subset(rows, 60, 0)) < 80
 
 
 def reads_of(monkeypatch):
@@ -874,6 +899,27 @@ def test_kaldi(cli):
     assert "s-u3: cut short" in err and "s-u2: a gap" in err
     Path("in/wav.scp").write_text("rec sph2pipe -f wav a.sph |\n")
     refused(cli(corpora, *"kaldi in other.csv --language sw".split()), "is a command, not a file")
+
+
+def test_the_formats_of_the_docs_are_read(cli):
+    """The indented examples of docs/data.md, in their order."""
+    text = (HERE / "docs/data.md").read_text().partition("## Formats")[2]
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", text, re.M)
+    names = "m.csv m.tsv a.csv a.txt grids/g.TextGrid x.item u.jsonl".split()
+    Path("grids").mkdir()
+    for name, block in zip(names, blocks):
+        Path(name).write_text(re.sub(r"^    ", "", block.lstrip("\n"), flags=re.M))
+    evaluate.write_json("u.meta.json", HEADER | dict(codewords=256))
+    rows = data.read_manifest("m.csv")
+    assert [row.language for row in rows] == ["en", "en", "fr"]
+    assert rows[1].path == "audio/a/0002.flac" and rows[2].path == "/corpora/b/0001.ogg"
+    assert data.read_manifest("m.tsv")[1].num_samples == 78_160
+    assert {file: len(x) for file, (x, _) in data.read_alignments("a.csv").items()} == {
+        "a-0001": 20, "b-0001": 17}
+    assert [*data.read_alignments("a.txt")["a-0001"][0]] == [*["SIL"] * 3, *["HH"] * 4, *["AH"] * 3]
+    assert [*data.read_alignments("grids")["g"][0]] == ["SIL"] * 3 + ["HH"] * 17
+    assert len(evaluate.read_items("x.item")) == 2
+    assert evaluate.read_units("u.jsonl")[1]["a-0002"].tolist() == [28, 5, 5, 9, 9, 9, 41, 28]
 
 
 # ======== pretraining ========
