@@ -455,13 +455,16 @@ def alignments_in(path, tier):
             if file.suffix.lower() == ".textgrid":
                 yield file, file.stem, spread(phone_tier(file, tier), file), ""
         return
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        if file.readline().startswith("#file"):
-            lines = filter(None, map(str.split, file))
-            for fileid, intervals in groupby(lines, key=lambda line: line[0]):
-                intervals = [interval for _, *interval in intervals]
-                yield path, fileid, spread(intervals, f"{path}: {fileid}"), ""
-            return
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            if file.readline().startswith("#file"):
+                lines = filter(None, map(str.split, file))
+                for fileid, intervals in groupby(lines, key=lambda line: line[0]):
+                    intervals = [interval for _, *interval in intervals]
+                    yield path, fileid, spread(intervals, f"{path}: {fileid}"), ""
+                return
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {error}") from None
     for where, line in read_table(str(path), "fileid", "phones", "language"):
         yield where, line["fileid"], line["phones"].split(), line["language"]
 
@@ -506,9 +509,9 @@ def read_textgrid(path):
 def phone_tier(path, name=None):
     """The intervals of the tier of that name; without a name, of the first of PHONE_TIERS that is
     there, or of the only tier."""
-    tiers = {name.lower(): intervals for name, intervals in read_textgrid(path).items()}
+    tiers = {tier.lower(): intervals for tier, intervals in read_textgrid(path).items()}
     wanted = [name.lower()] if name else [*PHONE_TIERS, *(tiers if len(tiers) == 1 else ())]
-    there = [name for name in wanted if name in tiers]
+    there = [tier for tier in wanted if tier in tiers]
     require(there, f"{path}: which tier has the phones? There are: {', '.join(tiers) or 'none'}")
     return [(onset, offset, "SIL" if label.strip().lower() in SILENCES else label.strip())
             for onset, offset, label in tiers[there[0]]]
