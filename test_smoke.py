@@ -859,7 +859,8 @@ def test_librispeech(cli):
         "84-121123-0000": 8000, "84-121123-0001": 11200}
     assert {file: ([*found], language) for file, (found, language) in phones.items()} == {
         "84-121123-0000": ([*["SIL"] * 10, *["AH"] * 10, *["G"] * 10, *["spn"] * 20], "en")}
-    assert "84-121123-0001: 0.9 s, the recording has 0.70 s" in err and "0003.TextGrid: not" in err
+    assert "84-121123-0001: it lasts 0.9 s, the recording 0.70 s" in err
+    assert "84-121123-0003.TextGrid: not a TextGrid" in err
     assert re.search(r"^84-121123-0000,/.*,8000,en,84$", Path("out.csv").read_text(), re.M)
 
 
@@ -887,10 +888,11 @@ def test_kaldi(cli):
     soundfile.write(write_tone("in/a.wav", seconds=3), np.arange(48_000) / 48_000, 16_000)
     for name, text in (("wav.scp", f"rec {Path('in/a.wav').absolute()}\n"),
                        ("segments", "s-u1 rec 0.5 1.5\ns-u2 rec 1.5 2.75\ns-u3 rec 2.5 3.5\n"),
-                       ("utt2spk", "s-u1 s\ns-u2 s\ns-u3 s\n"), ("phones.txt", "SIL 1\nAA_B 2\n"),
+                       ("utt2spk", "s-u1 s\ns-u2 s\ns-u3 s\n"), ("phones.txt", "sil_S 1\nAA_B 2\n"),
                        ("ali.ctm", "s-u1 1 0.00 0.30 1\ns-u1 1 0.30 0.68 2\ns-u2 1 0.1 0.2 1\n")):
         Path("in", name).write_text(text)
     refused(cli(corpora, "kaldi", "in", "out.csv"), "--language")
+    refused(cli(corpora, "kaldi", "in", "out.csv", "--alignments", "none"), "none: not there")
     rows, phones, err = written(cli, *"kaldi --language sw --alignments in/ali.ctm".split())
     assert {fileid: row.num_samples for fileid, row in rows.items()} == {
         "s-u1": 16_000, "s-u2": 20_000}

@@ -120,7 +120,6 @@ MARKS = dict(librispeech=r"(?<=[A-Z])\d$", kaldi=r"(?<=.)_[BIES]$")  # AH0 and A
 
 
 def read_textgrids(folder, tier):
-    require(folder.is_dir(), f"{folder}: not a folder of TextGrids")
     for file in data.files_in(folder):
         if file.suffix.lower() == ".textgrid":
             try:
@@ -167,23 +166,18 @@ def write_manifest(out, recordings):
     return written
 
 
-def write_alignments(out, written, alignments, mark):
-    """Of the alignments those that fit a recording of the manifest, without the marks on phones."""
-    def fitting():
-        for fileid, phones in alignments:
-            if fileid in written:
-                recording, samples = written[fileid]
-                if abs(len(phones) - samples / data.PHONE) > data.ALIGNMENT_SLACK:
-                    left_out(f"alignment of {fileid}", f"{len(phones) / 100} s, the recording has "
-                             f"{samples / data.SAMPLE_RATE:.2f} s")
-                else:
-                    fileids.append(fileid)
-                    phones = ["_".join(re.sub(mark, "", phone).split()) for phone in phones]
-                    yield dict(fileid=fileid, phones=" ".join(phones), language=recording.language)
-
-    fileids = []
-    data.write_csv(out, "fileid phones language", fitting())
-    print(f"{out}: {len(fileids)} of {len(written)} recordings have phones")
+def fitting(written, alignments, mark):
+    """Yields the line of each alignment that fits a recording of the manifest."""
+    for fileid, phones in alignments:
+        recording, samples = written.get(fileid, (None, 0))
+        if recording and abs(len(phones) - samples / data.PHONE) > data.ALIGNMENT_SLACK:
+            left_out(f"alignment of {fileid}", f"it lasts {len(phones) / 100} s, the recording "
+                     f"{samples / data.SAMPLE_RATE:.2f} s")
+        elif recording:
+            names = {phone: "_".join(re.sub(mark, "", phone).split()) for phone in {*phones}}
+            names |= {phone: "SIL" for phone, name in names.items() if name.lower() == "sil"}
+            phones = " ".join(names[phone] for phone in phones)
+            yield dict(fileid=fileid, phones=phones, language=recording.language)
 
 
 def main():
@@ -199,7 +193,8 @@ def main():
     phones_out = args.out.with_name(f"{args.out.stem}_alignments.csv")
     for path in args.out, phones_out:
         require(not path.exists(), f"{path} is there already: remove it, or name another")
-    require(args.folder.is_dir(), f"{args.folder}: no such folder")
+    for path in filter(None, (args.folder, args.alignments)):
+        require(path.exists(), f"{path}: not there")
     written = write_manifest(args.out, CORPORA[args.corpus](args.folder, args))
     hours = sum(samples for _, samples in written.values()) / data.SAMPLE_RATE / 3600
     print(f"{args.out}: {len(written)} recordings, {hours:.3f} h")
@@ -207,7 +202,10 @@ def main():
         alignments = read_textgrids(args.alignments, args.tier)
         if args.corpus == "kaldi":
             alignments = read_ctm(args.alignments)
-        write_alignments(phones_out, written, alignments, MARKS.get(args.corpus, "$^"))
+        lines = fitting(written, alignments, MARKS.get(args.corpus, "$^"))
+        data.write_csv(phones_out, "fileid phones language", lines)
+        with open(phones_out, encoding="utf-8") as file:
+            print(f"{phones_out}: phones of {sum(1 for _ in file) - 1} of these recordings")
 
 
 if __name__ == "__main__":
