@@ -1393,13 +1393,13 @@ def adaptation(toy, init, *more):
 
 @pytest.mark.parametrize("method", ["full", "lora", "dama"])
 def test_adaptation(cli, toy, meta_run, method):
-    args = adaptation(toy, meta_run, "--method", method)  # one recording of two is held out
+    args = adaptation(toy, meta_run, "--method", method)  # a piece of ten is held out
     status, out, err = cli(adapt, *args, "--out", "whole")
     assert status == 0 and "change" in out, err
     config = json.loads(Path("whole/config.json").read_text())
     losses = metrics("whole", "valid_loss")  # before, and at each checkpoint
     assert len(losses) == 3 and min(losses) > 0 and "held out  " in out
-    assert config["audio"]["recordings"] == 1 and config["model"]["encoder_layer_drop"] == 0
+    assert config["audio"]["recordings"] == 9 and config["model"]["encoder_layer_drop"] == 0
     names = moved(meta_run, "whole")
     linears = re.compile(r"student\.layers\.\d\.(attention|feed_forward)\.\w+\.weight")
     products = {name for name in names if linears.fullmatch(name)}
