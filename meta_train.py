@@ -94,6 +94,10 @@ PRESETS = {
         workers=2, updates=10, inner_steps=20, outer_steps=10, beta=1.0, lr=1e-3, lr_floor=0.05,
         warmup_steps=30, hold_steps=135, decay_steps=135, ramp_steps=6, log_every=50,
         chunk_seconds=240.0, layer_drop=0.0, supervised_layer=3),
+    "small": pretrain.SMALL | dict(
+        workers=2, updates=10, inner_steps=20, outer_steps=10, beta=1.0, lr=1e-3, lr_floor=0.05,
+        warmup_steps=30, hold_steps=135, decay_steps=135, ramp_steps=6, log_every=50,
+        layer_drop=0.0, supervised_layer=4),
 }
 
 

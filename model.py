@@ -1,7 +1,7 @@
 """SpidR: the network, its losses, its codebooks and its teacher.
 
-    python model.py [tiny|base]     prints the network: shapes for a second of audio, parameters
-    python model.py released        lists the released models, which load by their names
+    python model.py [tiny|small|base]     prints the network: shapes for a second of audio, parameters
+    python model.py released              lists the released models, which load by their names
 
 Papers: SpidR, arXiv 2512.20308; SpidR-Adapt, arXiv 2512.21204.
 
@@ -103,6 +103,13 @@ PRESETS = {
         conv_layers=((16, 10, 5),) + ((32, 3, 2),) * 2 + ((64, 3, 2),) * 2 + ((64, 2, 2),) * 2,
         dropout=0.0, attention_dropout=0.0, init_std=0.05, codebooks=3, codewords=48,
         ema_timescale=500.0),
+    # small is what an hour on two cores can train on real speech. It departs from base as tiny
+    # does; and its codebooks have a longer memory, since its batches have few frames.
+    "small": dict(
+        norm="group_norm", dim=192, layers=6, heads=6, ffn=768, pos_kernel=57, pos_depth=3,
+        conv_layers=((16, 10, 5),) + ((32, 3, 2),) * 2 + ((64, 3, 2),) * 2 + ((64, 2, 2),) * 2,
+        dropout=0.0, attention_dropout=0.0, init_std=0.04, codebooks=4, codewords=128,
+        codebook_decay=0.99, ema_timescale=1000.0),
 }
 
 

@@ -52,7 +52,7 @@ from model import (
 class RunOptions:
     """What every run has."""
 
-    preset: str = option("", "base or tiny; by default --init's, or tiny on the toy world, or base")
+    preset: str = option("", "base, small or tiny; by default --init's, or tiny on the toy world, or base")
     out: str = option("runs/pretrain", "the run's folder")
     seed: int = option(0, "of the weights, the order, the crops, the masks and dropout")
     device: str = option("", "cuda, cuda:1, mps or cpu; unless given the best there is")
@@ -96,6 +96,8 @@ class Options(StageOptions):
     init: str = option("", "a run or a checkpoint to start from; without one random weights")
     steps: int = option(400_000, "optimizer steps; warm-up, hold, decay, freeze_step scale along")
     freeze_step: int = option(200_000, "from then on the downsampler and projection are frozen")
+    mel_steps: int = option(0, "before the first step: fit the front end to log-mel spectra")
+    codebook_start: str = option("noise", "the first codewords; targets: those of the first step")
     supervised_every: int = option(10, "with alignments: one supervised step in so many; 0: none")
     supervised_layer: int = option(8, "whose output the phone classifiers read")
     save_every: int = option(1_000, "steps between checkpoints (last.pt)")
@@ -107,11 +109,17 @@ class Options(StageOptions):
 # On two cores loaders would slow down the training by more than they save.
 TINY = dict(batch_samples=256_000, max_samples=64_000, crop_multiple=16_000, mask_prob=0.6,
             mask_span=8, loaders=0)
+# small sees real speech in steps of 32 s: see "What small batches need", below.
+SMALL = TINY | dict(batch_samples=512_000, crop_multiple=8_000)
 PRESETS = {
     "base": {},
     "tiny": TINY | dict(
         steps=1200, lr=1.2e-3, lr_floor=0.05, warmup_steps=70, hold_steps=730, decay_steps=400,
         freeze_step=1200, supervised_every=2, supervised_layer=3, save_every=250, keep_every=0),
+    "small": SMALL | dict(
+        steps=1000, lr=1e-3, lr_floor=0.05, warmup_steps=60, hold_steps=610, decay_steps=330,
+        freeze_step=1000, mel_steps=200, codebook_start="targets", supervised_every=4,
+        supervised_layer=4, save_every=250, keep_every=250),
 }
 
 
@@ -190,6 +198,46 @@ def lr_at(step, options):
     return o.lr * o.lr_floor ** min(max(decayed, 0.0), 1.0)
 
 
+# ======== what small batches need; base does without ========
+
+
+def fit_front_end(model, batches, options, ranks):
+    """Downsampler and projection learn to tell log-mel spectra by a linear readout. With few and
+    small steps the teacher would hear random features for too long: its codewords then tell next to
+    nothing of the sound, the student learns to predict just these, and the teacher follows it. All
+    ranks compute the same. Returns the error of the first and the last step; the mean's is 1."""
+    mel = data.import_torchaudio("--mel-steps").transforms.MelSpectrogram(
+        data.SAMPLE_RATE, n_fft=400, hop_length=320, n_mels=40, center=False).to(ranks.device)
+    readout = torch.nn.Linear(model.config.dim, 40).to(ranks.device)
+    parts = model.feature_extractor, model.feature_projection, readout
+    parameters, errors = [p for part in parts for p in part.parameters()], []
+    optimizer = torch.optim.AdamW(parameters, weight_decay=options.weight_decay)
+    for step in range(options.mel_steps):
+        wav = batches[step % batches.per_epoch]["wav"].to(ranks.device)
+        target = networks.instance_norm((mel(wav) + 1e-3).log().mT)  # [B, T, 40]
+        loss = (readout(model.frames(wav)[0]) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        left = 1 - step / options.mel_steps  # warm-up in 20 steps, linear decay in the second half
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20, 2 * left)
+        optimizer.step()
+        errors.append(loss.item())
+    return errors[0], errors[-1]
+
+
+@torch.no_grad()
+def start_codebooks(model, batch, options, ranks):
+    """Codewords that are targets of the first rank's first batch. Of those that start as noise most
+    are so far from all targets that they never get one."""
+    with autocast(options, ranks):
+        _, targets = model.masked_frames(batch["wav"].to(ranks.device), batch["mask"])
+    for codebook, t in zip(model.codebooks, targets):
+        some = torch.randperm(len(t))[: len(codebook.counts)].to(t.device)
+        codebook.codebook[: len(some)] = t[some].to(codebook.codebook.dtype)
+    networks.send_from_first(model.codebooks)
+
+
 # ======== the stage ========
 
 
@@ -225,6 +273,13 @@ def main():
     log, stop = Log(options, ranks, options.steps, first, totals), Stop(ranks)
 
     # ======== loop ========
+    if first == 0 and not options.init:
+        if options.mel_steps:
+            errors = fit_front_end(model, unlabelled, options, ranks)
+            if ranks.first:
+                print("front end: error of log-mel spectra {:.3f}, then {:.3f}".format(*errors))
+        if options.codebook_start == "targets":
+            start_codebooks(model, unlabelled[0], options, ranks)
     supervised_before = first // options.supervised_every if labelled else 0
     unlabelled_steps = fetch(unlabelled, options, ranks, first - supervised_before, log)
     labelled_steps = labelled and fetch(labelled, options, ranks, supervised_before, log)
@@ -338,6 +393,8 @@ def check_numbers(options):
 def check_options(options, config):
     check_numbers(options)
     o, layer = options, getattr(options, "supervised_layer", 1)
+    start = getattr(options, "codebook_start", "noise")
+    require(start in ("noise", "targets"), f"--codebook-start {start}: noise or targets")
     require(0 < o.mask_prob < 1, f"--mask-prob {o.mask_prob}: between 0 and 1")
     require(1 <= layer <= config.layers, f"--supervised-layer {layer}: from 1 to {config.layers}")
     require(o.min_samples <= o.max_samples <= o.batch_samples,

@@ -967,6 +967,26 @@ def test_the_front_end_is_frozen_from_the_step_that_says_so(cli, toy):
     assert not moved("half", "run") & front and "heads.0.0.weight" in moved("half", "run")
 
 
+def test_codewords_begin_as_targets():
+    """Of the first batch, each another one."""
+    model, batch = formula_model().train(), formula_batch(12345)
+    pretrain.start_codebooks(model, batch, pretrain.Options(), ONE)
+    _, targets = model.masked_frames(batch["wav"], batch["mask"])
+    for codebook, t in zip(model.codebooks, targets):
+        near_ones = torch.cdist(codebook.codebook, t) < 0.01
+        assert near_ones.sum() == 8 and near_ones.any(1).all()
+
+
+def test_the_front_end_learns_log_mel_spectra(toy):
+    options = pretrain.Options(mel_steps=30, batch_samples=32_000, max_samples=32_000)
+    model = formula_model(norm="group_norm")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    batches = data.Batches(data.read_manifest(toy / "train.csv"), model.config, options)
+    first, last = pretrain.fit_front_end(model, batches, options, ONE)
+    parts = {n.split(".")[0] for n, t in model.state_dict().items() if not t.equal(before[n])}
+    assert last < 0.9 * first and parts == {"feature_extractor", "feature_projection"}
+
+
 def test_the_objective_brings_its_schedule():
     for more, expected in (
         ([], ("linear", 750.0, 5000, 0.05)),
