@@ -184,19 +184,19 @@ def main():
     match sys.argv[1:]:
         case words if not words or {"-h", "--help"} & {*words}:
             print(__doc__)
-        case ["manifest", folder, out, *more] if not more or more[0] == "--language":
-            require(not Path(out).exists(), f"{out} is there already: remove it, or name another")
-            rows = scan(Path(folder))
-            for language in more[1:]:
-                rows = [row._replace(language=language) for row in rows]
-            write_manifest(rows, Path(out))
+        case ["manifest", folder, out]:
+            write_manifest(Path(folder), Path(out))
+        case ["manifest", folder, out, "--language", language]:
+            write_manifest(Path(folder), Path(out), language)
         case _:
             raise InputError("data.py manifest FOLDER OUT.csv [--language L]")
 
 
-def write_manifest(rows, out):
-    write_csv(out, "fileid path num_samples language",
-              [row._replace(path=os.path.abspath(row.path))._asdict() for row in rows])
+def write_manifest(folder, out, language=""):
+    require(not out.exists(), f"{out} is there already: remove it, or name another")
+    rows = [row._replace(path=os.path.abspath(row.path), language=language or row.language)
+            for row in scan(folder)]
+    write_csv(out, "fileid path num_samples language", [row._asdict() for row in rows])
     hours = Counter()
     for row in rows:
         hours[row.language or "(no language)"] += row.num_samples / SAMPLE_RATE / 3600

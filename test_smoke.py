@@ -785,6 +785,7 @@ def test_manifests(cli):
     Path("in/bad.wav").write_text("not audio")
     _, out, err = cli(data, "manifest", "in", "m.csv")
     assert "bad.wav: Error opening" in err and "5 recordings" in out
+    refused(cli(data, *"manifest in/aa aa.csv --language".split()), "manifest FOLDER OUT.csv")
     assert "2 recordings" in cli(data, *"manifest in/aa aa.csv --language fr".split())[1]
     assert [row.language for row in data.read_manifest("aa.csv")] == ["fr"] * 2
     languages = [row.language for row in data.read_manifest("m.csv")]
