@@ -541,10 +541,13 @@ def write_textgrid(path, seconds, tiers):
 def aligned_rows(rows, alignments, path="the alignments"):
     """The rows that have alignments, which must fit the recordings and the manifest's languages."""
     rows = [row for row in rows if row.fileid in alignments]
+    require(rows, f"{path}: not of these recordings: none of its names is in the manifest")
     count = Counter(row.fileid for row in rows)
-    for fileid in alignments:
-        require(count[fileid] == 1, f"{path}: {fileid} is {count[fileid]} times in the manifest")
+    if len(count) < len(alignments):
+        print(f"{path}: {len(alignments) - len(count)} of {len(alignments)} recordings are not in "
+              "the manifest", file=sys.stderr)
     for row in rows:
+        require(count[row.fileid] == 1, f"{path}: {row.fileid} is twice in the manifest")
         phones, language = alignments[row.fileid]
         length = row.num_samples / PHONE
         require(language, f"{path}: no language of {row.fileid}: give the manifest one")

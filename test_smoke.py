@@ -1102,7 +1102,7 @@ def test_mistakes_are_one_line(cli, toy, reference):
         Path("m.csv").write_bytes(text.encode("latin-1"))
         refused(cli(pretrain, *small(toy, "--manifest", "m.csv")), message)
     for row, message in (
-        ("nobody,a a,baso", "a.csv: nobody is 0 times in the manifest"),
+        ("nobody,a a,baso", "a.csv: not of these recordings"),
         ("baso-train-0-0000,SIL a,baso", "2 phones at 100 Hz of 'baso', the manifest says"),
         ("baso-train-0-0000,SIL a,x", "2 phones at 100 Hz of 'x', the manifest says"),
     ):
