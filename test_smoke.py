@@ -1303,6 +1303,16 @@ def test_meta_training_identities(cli, toy, reference, meta_run, monkeypatch):
     assert cli(*args, *more)[0] == 0 and len(saved) == 1
 
 
+def test_languages_without_labels_are_left_out(cli, toy, reference):
+    lines = (toy / "train_alignments.csv").read_text().splitlines()
+    Path("a.csv").write_text("\n".join(x for x in lines if not x.endswith(",nore")))
+    args = meta(toy, reference, "--manifest", toy / "train.csv", "--preset", "tiny", "--alignments")
+    code, _, err = cli(meta_train, *args, "a.csv", "--updates", 1, "--out", "run")
+    assert code == 0 and err.count("left out: language 'nore': no --alignments") == 1, err
+    Path("a.csv").write_text("\n".join([lines[0], lines[1].replace(",baso", ",x")]))
+    refused(cli(meta_train, *args, "a.csv", "--out", "none"), "'x', the manifest says")
+
+
 def test_maml_is_the_gradient_of_the_loss_after_the_inner_steps(float64):
     model = formula_model(ema_start=1.0).train()
     model.supervised_classifiers["x"] = classifier(32, 5)
