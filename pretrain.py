@@ -109,7 +109,8 @@ class Options(StageOptions):
 # On two cores loaders would slow down the training by more than they save.
 TINY = dict(batch_samples=256_000, max_samples=64_000, crop_multiple=16_000, mask_prob=0.6,
             mask_span=8, loaders=0)
-# small sees real speech in steps of 32 s: see "What small batches need", below.
+# small, for real speech: steps of 32 s, and a start that has heard speech (mel_steps and
+# codebook_start: see "What small batches need", below).
 SMALL = TINY | dict(batch_samples=512_000, crop_multiple=8_000)
 PRESETS = {
     "base": {},
@@ -117,9 +118,9 @@ PRESETS = {
         steps=1200, lr=1.2e-3, lr_floor=0.05, warmup_steps=70, hold_steps=730, decay_steps=400,
         freeze_step=1200, supervised_every=2, supervised_layer=3, save_every=250, keep_every=0),
     "small": SMALL | dict(
-        steps=1000, lr=1e-3, lr_floor=0.05, warmup_steps=60, hold_steps=610, decay_steps=330,
-        freeze_step=1000, mel_steps=200, codebook_start="targets", supervised_every=4,
-        supervised_layer=4, save_every=250, keep_every=250),
+        steps=800, lr=1e-3, lr_floor=0.05, warmup_steps=50, hold_steps=480, decay_steps=270,
+        freeze_step=800, mel_steps=200, codebook_start="targets", supervised_every=4,
+        supervised_layer=4, save_every=200, keep_every=200),
 }
 
 
