@@ -204,7 +204,6 @@ def meta_train(options, model, phi, delta, optimizers, workers, episodes, ranks,
             unlabelled_steps = fetch(unlabelled, options, team, 0, log)
             labelled_steps = labelled and fetch(labelled, options, team, 0, log)
             load_vector(model, phi)
-            start = phi  # of the steps that count for delta, in Reptile
             for s in range(M + N):
                 step, supervised = update * (M + N) + s, foblo and s >= M
                 step_seed = options.seed, step, worker * team.world + team.rank
@@ -217,11 +216,11 @@ def meta_train(options, model, phi, delta, optimizers, workers, episodes, ranks,
                     model, optimizers[i], micro_batches, step + 1, episode_lr(step, options),
                     options, team, options.supervised_layer if supervised else None))
                 if foblo and s + 1 == M:
-                    start = to_vector(model, phi.device)  # theta_M
+                    theta_M = to_vector(model, phi.device)
                 if (s + 1) % options.log_every == 0 and s + 1 < M + N:
                     log.write((update * len(workers) + i) * (M + N) + s + 1)
             theta = to_vector(model, phi.device)
-            delta += theta - start  # (8) theta - theta_M, (9) theta - phi
+            delta += theta - (theta_M if foblo else phi)  # (8), (9)
             if i + 1 < len(workers):
                 done = update, i + 1
                 save(options, ranks, model, phi, delta, optimizers, done, log, episodes.inventory)
