@@ -1982,3 +1982,136 @@ def test_a_step_is_timed(cli):
     for shape in "tiny", "huge:1x1", "tiny:0x1", "tiny:1x0.01":
         code, _, err = cli(speed, shape)
         assert code == 2 and shape in err and err.count("\n") == 1, err
+
+
+# ======== real speech from public repositories ========
+
+
+@pytest.fixture
+def repositories(monkeypatch, tmp_path):
+    """extras/speech.py with four small repositories in HOST/OWNER/NAME; a fifth cannot be reached.
+    Three speakers of Mboshi, of 10 utterances each, every fifth of all marked as an error."""
+    monkeypatch.syspath_prepend(HERE / "extras")
+    speech = importlib.import_module("speech")
+    monkeypatch.setattr(speech, "MBOSHI_SECONDS", dict(eval=4, others=4.5, adapt=3))
+    word = [dict(zip(("start", "duration", "phone"), phone)) for phone in ((0.1, 0.2, "ˈa"),
+                                                                           (0.3, 0.1, "t"))]
+    files = {
+        "rhasspy/dataset-voice-nathalie": {
+            "verified/one.flac": 0.5, "verified/two.flac": 0.3, "verified/not.flac": 0.5,
+            "verified/broken.flac": b"no audio",
+            "nathalie_align.jsonl": "\n".join(json.dumps(
+                {"id": name, "words": [{"phones": word}]}) for name in ("one", "two")).encode()},
+        "brailcom/voice-czech-ph": {
+            "wav/ph1.wav": 0.4,
+            "lab/ph1.lab": b"separator ;\n#\n 0.1 26 #\n 0.29 26 e:\n 0.4 26 _\n"},
+        "gcompris/GCompris-voices": {
+            "nb/words/hei.ogg": 0.5, "nn": "nb", "zh_CN/words/ma.ogg": 0.5, "README.md": b"",
+            "zh_CN/words/link.ogg": "ma.ogg"},
+        "besacier/mboshi-french-parallel-corpus": {}}
+    for n in range(30):
+        name = f"{'abm'[n % 3]}_{n:02d}"
+        text = "0.0 0.1 SIL\n0.1 0.2 A\n0.2 0.3 B\n0.3 1.2 C\n1.2 1.22 A\n" + "ERROR" * (n % 5 == 0)
+        files["besacier/mboshi-french-parallel-corpus"] |= {
+            f"full_corpus_newsplit/all/{name}.wav": 1.3,
+            f"ZRC_scoring/mboshi/in/{name}.phn": text.encode()}
+    git = "git", "-c", "user.name=test", "-c", "user.email=test@test", "-C"
+    taken, rng = {"kerstin": ("0" * 40, "")}, np.random.default_rng(0)
+    for source in [*speech.SOURCES, speech.MBOSHI]:
+        folder = tmp_path / "host" / source.repository
+        for name, content in files.get(source.repository, {}).items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            elif isinstance(content, str):
+                path.symlink_to(content)
+            else:
+                rate = 16000 if content == 1.3 else 24000
+                soundfile.write(path, rng.normal(0, 0.1, (round(rate * content), 1)), rate)
+        if folder.exists():
+            subprocess.run([*git, folder, "init", "-q"], check=True)
+            subprocess.run([*git, folder, "add", "."], check=True)
+            subprocess.run([*git, folder, "commit", "-qm", "all"], check=True)
+            commit = subprocess.check_output([*git, folder, "rev-parse", "HEAD"], text=True).strip()
+            # The audio files of nathalie in order of their paths: broken, not, one, two.
+            taken[source.prefix] = commit, {"nathalie": "1011", "ph": "1", "gc": "1111"}.get(
+                source.prefix, "")
+    real = speech.read_taken()
+    assert [*real] == [source.prefix for source in [*speech.SOURCES, speech.MBOSHI]]
+    assert sum(bits.count("1") for _, bits in real.values()) == 20_048
+    monkeypatch.setattr(speech, "read_taken", lambda: taken)
+    monkeypatch.setattr(speech, "SOURCES", [s for s in speech.SOURCES if s.prefix in taken])
+    return speech
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and "clones" not in path.parts}
+
+
+def test_public_repositories_make_a_corpus(cli, repositories, tmp_path):
+    host = f"file://{tmp_path}/host"
+    status, out, err = cli(repositories, "real", "--host", host)
+    assert status == 0 and "CC0, rhasspy/dataset-voice-nathalie" in out and "GB" in out
+    assert "left out: kerstin;" in out and "kerstin: left out: git: fatal" in err
+    assert "nathalie: 2 recordings, 0.00 h, 1 with phones; 1 broken files" in out
+    assert "verified/broken.flac: Format not recognised" in err and len(err.splitlines()) == 2
+
+    rows = data.read_manifest("real/manifest.csv")
+    assert {(row.fileid, row.language, row.num_samples) for row in rows} == {
+        ("nathalie-one", "nl", 8000), ("nathalie-two", "nl", 4800), ("ph-ph1", "cs", 6400),
+        ("gc-nb-words-hei", "no", 8000), ("gc-nn-words-hei", "no", 8000),
+        ("gc-zh_CN-words-ma", "cmn", 8000), ("gc-zh_CN-words-link", "cmn", 8000)}
+    data.check_audio(rows, 2000)
+    alignments = data.read_alignments("real/alignments.csv")
+    assert alignments.keys() == {"nathalie-one", "ph-ph1"}, "two.flac is shorter than its phones"
+    phones = {name: " ".join(alignments[name][0]) for name in alignments}
+    assert phones["nathalie-one"] == " ".join(["SIL"] * 10 + ["a"] * 20 + ["t"] * 10 + ["SIL"] * 10)
+    assert phones["ph-ph1"] == " ".join(["SIL"] * 10 + ["e:"] * 19 + ["SIL"] * 11)
+
+    # Mboshi: of 8 good utterances of a speaker 4 s, that is 4, for eval; of 4 others 3 for adapt.
+    parts = [data.read_manifest(f"real/mboshi/{part}/manifest.csv") for part in ("eval", "adapt")]
+    for part, count in zip(parts, (4, 3)):
+        data.check_audio(part, 2000)
+        assert Counter(row.fileid[0] for row in part) == dict.fromkeys("abm", count)
+    names = [row.fileid for part in parts for row in part]
+    assert len({*names}) == 21 and all(int(name[2:]) % 5 for name in names)
+    items = Path("real/mboshi/eval/mboshi.item").read_text().splitlines()
+    assert len(items) == 25 and items[2].endswith(f" 0.2000 0.3000 B A C {names[0][0]}")
+    assert len(Path("real/mboshi/eval/mboshi-triphone.item").read_text().splitlines()) == 1
+
+    # Bare clones that are there give the same, and so does the same command again.
+    before = contents(Path("real"))
+    clones = tmp_path / "real" / "clones"
+    assert cli(repositories, "again", "--from", clones)[0] == 0
+    assert contents(Path("again")) == before
+    shutil.rmtree(tmp_path / "host")
+    assert cli(repositories, "real", "--host", host)[0] == 0 and contents(Path("real")) == before
+
+
+def test_an_interrupted_corpus_goes_on(cli, repositories, tmp_path, monkeypatch):
+    host = f"file://{tmp_path}/host"
+    assert cli(repositories, "whole", "--host", host)[0] == 0
+    write, calls = soundfile.write, itertools.count()
+
+    def interrupted(path, *words, **how):
+        if next(calls) in (1, 4, 20):
+            Path(path).write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(path, *words, **how)
+
+    monkeypatch.setattr(soundfile, "write", interrupted)
+    for _ in range(3):
+        assert cli(repositories, "real", "--host", host)[0] == 130
+        assert not Path("real/manifest.csv").exists()
+    assert cli(repositories, "real", "--host", host)[0] == 0
+    assert contents(Path("real")) == contents(Path("whole"))
+    assert next(calls) == 7 + 21 + 3, "nothing is written twice"
+
+
+def test_a_corpus_without_repositories(cli, repositories, tmp_path):
+    refused(cli(repositories), "folder")
+    refused(cli(repositories, "real", "--from", "nowhere"), "nowhere: no such folder")
+    status, _, err = cli(repositories, "real", "--from", tmp_path)
+    assert status == 2 and len(err.splitlines()) == 6 and "no repository could be read" in err

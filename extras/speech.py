@@ -29,6 +29,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from posixpath import dirname, join, normpath
 from typing import Callable, NamedTuple
@@ -124,59 +126,66 @@ def transcripts(repository):
 class Source(NamedTuple):
     prefix: str  # of the IDs of its recordings
     repository: str  # on GitHub
-    commit: str
     language: str  # "": the recordings' first folder is the language
-    audio: str  # a pattern of the audio's paths; its group becomes the ID, with - for /
+    audio: str  # a pattern of the paths of its audio; the group becomes the ID, with - for /
     megabytes: int  # of the clone
-    hours: float  # that are taken
+    hours: float  # of the recordings that are taken
     licence: str  # as stated there
     labels: Callable | None = None
 
 
 SOURCES = [
-    Source("kerstin", "rhasspy/dataset-voice-kerstin", "f73127135cf80d6ef52aef6af58c49774f4fd625",
-           "de", r"verified/(.+)\.flac", 326, 0.47, "CC0"),
-    Source("kathleen", "rhasspy/dataset-voice-kathleen", "c51cb971036a127359b43c621f26ca5081eab13e",
-           "en", r"data/(.+)\.wav", 452, 0.48, "CC0", english),
-    Source("nathalie", "rhasspy/dataset-voice-nathalie", "3b3e91f39d13e2e681d8937575efb9bd3b3d8f5c",
-           "nl", r"verified/(.+)\.flac", 123, 0.70, "CC0", dutch),
-    Source("flemish", "rhasspy/dataset-voice-flemishguy",
-           "2576e9c8e5b6eec92e45010b5ede87c4f836f21e",
-           "nl", r"wavs/(.+)\.wav", 130, 0.76, "CC0"),
-    Source("ls", "Walleclipse/Deep_Speaker-speaker_recognition_system",
-           "b975516d368eeac745e8f5270740ef277b88a8af",
-           "en", r"audio/LibriSpeechSamples/train-clean-100/\d+/\d+/([\d-]+)\.flac",
+    Source("kerstin", "rhasspy/dataset-voice-kerstin", "de", r"verified/(.+)\.flac",
+           326, 0.47, "CC0"),
+    Source("kathleen", "rhasspy/dataset-voice-kathleen", "en", r"data/(.+)\.wav",
+           452, 0.48, "CC0", english),
+    Source("nathalie", "rhasspy/dataset-voice-nathalie", "nl", r"verified/(.+)\.flac",
+           123, 0.70, "CC0", dutch),
+    Source("flemish", "rhasspy/dataset-voice-flemishguy", "nl", r"wavs/(.+)\.wav",
+           130, 0.76, "CC0"),
+    Source("ls", "Walleclipse/Deep_Speaker-speaker_recognition_system", "en",
+           r"audio/LibriSpeechSamples/train-clean-100/\d+/\d+/([\d-]+)\.flac",
            354, 0.36, "CC BY 4.0 (LibriSpeech)", english),
-    Source("so", "jimbozhang/speechocean762", "613968e3b0b789fc33936fb5eba1973176ba7d11",
-           "en_zh", r"WAVE/(.+)\.WAV", 497, 0.45, "free, for commercial purposes too"),
-    Source("ph", "brailcom/voice-czech-ph", "6d074989405f8dddfae9acf116d7ea6a9d1989a2",
-           "cs", r"wav/(.+)\.wav", 193, 0.75, "GPL-2", czech),
-    Source("marylux", "mbarnig/Marylux-648-TTS-Corpus", "fde78887bc103cdc65cefcda4a785acc6e729076",
-           "lb", r"dataset/wavs/(.+)\.wav", 136, 0.50, "CC BY-NC-SA"),
-    Source("hsk", "hugolpz/audio-cmn", "ff9ed3d0c631195bd2c06f39450f3264c7124040",
-           "cmn", r"64k/hsk/(.+)\.mp3", 436, 0.55, "CC BY-SA"),
-    Source("chr", "CherokeeLanguage/cherokee-audio-data",  # not its cno, by permission only
-           "9b8a9dc5b297c91df4407486ecefe1fb37ef5480",
-           "chr", r"((?:see-say-write|walc-1|wwacc)/mp3/.+)\.mp3", 465, 0.50, "CC BY-NC 4.0"),
-    Source("gc", "gcompris/GCompris-voices", "c0e8a743b7b4633af06b8dc15bc2b397e456dd6f",
-           "", r"(\w+/.+)\.(?:ogg|wav)", 324, 5.90, "GPL or CC BY-SA by file"),
+    Source("so", "jimbozhang/speechocean762", "en_zh", r"WAVE/(.+)\.WAV",
+           497, 0.45, "free, for commercial use too"),
+    Source("ph", "brailcom/voice-czech-ph", "cs", r"wav/(.+)\.wav",
+           193, 0.75, "GPL-2", czech),
+    Source("marylux", "mbarnig/Marylux-648-TTS-Corpus", "lb", r"dataset/wavs/(.+)\.wav",
+           136, 0.50, "CC BY-NC-SA"),
+    Source("hsk", "hugolpz/audio-cmn", "cmn", r"64k/hsk/(.+)\.mp3",
+           436, 0.55, "CC BY-SA"),
+    Source("chr", "CherokeeLanguage/cherokee-audio-data", "chr",
+           r"((?:see-say-write|walc-1|wwacc)/mp3/.+)\.mp3",
+           465, 0.50, "CC BY-NC 4.0"),
+    Source("gc", "gcompris/GCompris-voices", "", r"(\w+/.+)\.(?:ogg|wav)",
+           324, 5.90, "GPL or CC BY-SA by file"),
 ]
-MBOSHI = Source("mboshi", "besacier/mboshi-french-parallel-corpus",
-                "83c5b428a8251881711fa45e4ea5bb5ea6bcdc9b", "mboshi",
-                r"full_corpus_newsplit/all/(.+)\.wav", 403, 0.68,
-                "none; for 'reproducible experiments'")
+MBOSHI = Source("mboshi", "besacier/mboshi-french-parallel-corpus", "mboshi",
+                r"full_corpus_newsplit/all/(.+)\.wav",
+                403, 0.68, "none named; 'for reproducible experiments'")
+MBOSHI_SECONDS = dict(eval=300, others=1200, adapt=600)  # of each speaker; adapt: of the others
 LANGUAGES = {"nb": "no", "nn": "no", "pt_BR": "pt", "zh_CN": "cmn", "zh_TW": "cmn"}
 
 
-def print_sources(out, options):
-    print(f"{'prefix':9} {'language':9} {'hours':>5} {'clone':>7}  {'phones':7} licence, repository")
+def read_taken(path=Path(__file__).with_suffix(".txt")):
+    """{prefix: (commit, "0110...")}: which of a source's audio files, in order of their paths, are
+    in the corpus. A line of the file: prefix, commit, number of files, the bits in base 64."""
+    taken = {}
+    for prefix, commit, *bits in map(str.split, path.read_text().splitlines()):
+        files, code = bits or ("0", "")
+        taken[prefix] = commit, f"{int.from_bytes(base64.b64decode(code)):0{files}b}"
+    return taken
+
+
+def print_sources(options):
+    print("prefix    language  hours   clone  phones  licence, repository")
     for source in [*SOURCES, MBOSHI]:
         phones = source.labels.__name__ if source.labels else "mboshi" * (source is MBOSHI)
         print(f"{source.prefix:9} {source.language or '40':9} {source.hours:5.2f} "
               f"{source.megabytes:4} MB  {phones:7} {source.licence}, {source.repository}")
-    megabytes = sum(source.megabytes for source in [*SOURCES, MBOSHI])
-    clones = "" if options.clones else f", after {megabytes / 1000:.1f} GB of clones (in {out}/clones)"
-    print(f"takes 900 MB in {out}, about five minutes{clones}")
+    gigabytes = sum(source.megabytes for source in [*SOURCES, MBOSHI]) / 1000
+    clones = "" if options.clones else f", with its clones {gigabytes:.1f} GB to download"
+    print(f"{options.folder}: 0.9 GB and about five minutes{clones}")
 
 
 # ======== reading a repository ========
@@ -185,77 +194,84 @@ def print_sources(out, options):
 class Repository:
     """The files of one commit, read from the git directory: it needs no work tree."""
 
-    def __init__(self, source, folder):
-        self.name = source.prefix
+    def __init__(self, name, folder, commit):
+        self.name = name
         git = ["git", f"--git-dir={folder}"]
-        tree = call(*git, "ls-tree", "-r", "-z", source.commit).decode(errors="replace")
-        self.git = subprocess.Popen([*git, "cat-file", "--batch"], bufsize=0,
-                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.stream = io.BufferedReader(self.git.stdout)
+        tree = call(*git, "ls-tree", "-r", "-z", commit).decode(errors="replace")
+        self.git = subprocess.Popen([*git, "cat-file", "--batch"], stdin=subprocess.PIPE,
+                                    stdout=subprocess.PIPE)
         self.files, links = {}, []  # {path: hash}
         for line in filter(None, tree.split("\0")):
             about, path = line.split("\t", 1)
             mode, _, self.files[path] = about.split()
             if mode == "120000":
                 links.append(path)
-        self.follow({path: normpath(join(dirname(path), self.read(path).decode()))
-                     for path in links})
-
-    def follow(self, links):
-        """A link stands for its target: a file, or all the files of a folder."""
-        for path, target in links.items():
-            while target in links:
-                target = links[target]
-            link = self.files.pop(path)
+        targets = {path: normpath(join(dirname(path), self.read(path).decode())) for path in links}
+        for path, target in targets.items():  # a link stands for a file, or all files of a folder
+            while target in targets:
+                target = targets[target]
             below = [file for file in self.files if file.startswith(target + "/")]
             self.files |= {path + file[len(target):]: self.files[file] for file in below}
-            self.files[path] = self.files.get(target, link)
+            self.files[path] = self.files.get(target, self.files[path])
 
     def read(self, path):
         require(path in self.files, f"{path}: no such file in the repository")
         self.git.stdin.write(f"{self.files[path]}\n".encode())
-        answer = self.stream.readline().split()  # hash, kind, size
+        self.git.stdin.flush()
+        answer = self.git.stdout.readline().split()  # hash, kind, size
         require(len(answer) == 3, f"{path}: its content is missing in this clone")
-        return self.stream.read(int(answer[2]) + 1)[:-1]
+        return self.git.stdout.read(int(answer[2]) + 1)[:-1]
 
-    def close(self):
-        self.git.stdin.close()
-        self.git.wait()
+    def match(self, pattern):
+        return sorted(path for path in self.files if re.fullmatch(pattern, path))
 
 
 def call(*command):
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL,
                           env=os.environ | {"GIT_TERMINAL_PROMPT": "0"})
-    reason = done.stderr.decode(errors="replace").strip().splitlines() or [""]
-    require(done.returncode == 0, f"git: {reason[0]}")
+    reason = done.stderr.decode(errors="replace").strip().partition("\n")[0]
+    require(done.returncode == 0, f"git: {reason}")
     return done.stdout
 
 
-def find_repository(source, out, options):
-    """The git directory of a clone that is there, or of a new one, of this one commit."""
+def find_clone(source, commit, options):
+    """The git directory of a clone that is there, or of a new one, of this commit alone."""
     name = source.repository.replace("/", "+")
-    folder = Path(options.clones or out / "clones") / name
+    folder = (options.clones or options.folder / "clones") / name
     for place in folder / ".git", folder, folder / "repo" / ".git", folder / "repo":
         if (place / "objects").is_dir():
             return place
-    require(not options.clones, f"no clone of it in {folder}")
-    part = folder.with_name(name + ".tmp")  # an interrupted one is taken up again
-    call("git", "init", "--quiet", "--bare", str(part))
-    call("git", f"--git-dir={part}", "-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=60",
-         "fetch", "--quiet", "--depth=1", f"{options.host}/{source.repository}", source.commit)
-    part.rename(folder)
+    require(not options.clones, f"{folder}: no clone")
+    with written(folder) as part:
+        call("git", "init", "--quiet", "--bare", str(part))
+        call("git", f"--git-dir={part}", "-c", "http.lowSpeedLimit=1000",  # bytes a second,
+             "-c", "http.lowSpeedTime=60",  # for a minute: no answer
+             "fetch", "--quiet", "--depth=1", f"{options.host}/{source.repository}", commit)
     return folder
 
 
-def read_taken(path=Path(__file__).with_suffix(".txt")):
-    """{prefix: "0110..."}: for each of a source's audio files in order of their paths, whether it
-    is in the corpus. A line of the file: the prefix, how many files, and the bits in base 64."""
-    lines = [line.split() for line in path.read_text().splitlines()]
-    return {prefix: f"{int.from_bytes(base64.b64decode(bits)):0{count}b}"
-            for prefix, count, bits in lines}
+# ======== audio and tables ========
 
 
-# ======== audio ========
+@contextmanager
+def written(path):
+    """A temporary name to write to: the file has its own only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    yield part
+    part.rename(path)
+
+
+def write_table(path, header, rows):
+    with written(path) as part:
+        write_csv(part, header, rows)
+
+
+def write_audio(path, wav):
+    if not path.exists():
+        wav = (wav * 32768).round().clip(-32768, 32767).astype(np.int16)
+        with written(path) as part:
+            soundfile.write(part, wav, SAMPLE_RATE, format="FLAC")
 
 
 def decode(data):
@@ -268,21 +284,6 @@ def decode(data):
     return resampler(rate)(torch.from_numpy(wav).mean(1)).numpy()
 
 
-def write_audio(path, wav):
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".tmp")
-        soundfile.write(part, (wav * 32768).round().clip(-32768, 32767).astype(np.int16),
-                        SAMPLE_RATE, format="FLAC")
-        part.rename(path)
-
-
-def write_table(path, header, rows):
-    part = path.with_name(path.name + ".tmp")
-    write_csv(part, header, rows)
-    part.rename(path)
-
-
 def phone_per_frame(intervals, samples):
     """A phone every 10 ms, SIL where there is none, as one string."""
     phones = ["SIL"] * math.ceil(samples / PHONE)
@@ -292,21 +293,32 @@ def phone_per_frame(intervals, samples):
     return " ".join(phones)
 
 
+def report(source, rows, broken):
+    for line in broken[:3]:
+        print(f"{source.prefix}: left out: {line}", file=sys.stderr)
+    require(rows, f"none of its {len(broken)} recordings can be read")
+    labels = sum(bool(row["phones"]) for row in rows)
+    print(f"{source.prefix}: {describe(rows)}, {labels} with phones; {len(broken)} broken files")
+
+
+def describe(rows):
+    hours = sum(int(row["num_samples"]) for row in rows) / SAMPLE_RATE / 3600
+    return f"{len(rows)} recordings, {hours:.2f} h"
+
+
 # ======== the corpus ========
 
 
 def add_source(source, repository, out, taken):
-    """Writes a source's audio, and then its rows: from then on it is complete."""
-    found = sorted(path for path in repository.files if re.fullmatch(source.audio, path))
-    taken = taken.get(source.prefix, "1" * len(found))
-    require(len(found) == len(taken), f"{len(found)} audio files instead of {len(taken)}")
-    paths = [path for path, bit in zip(found, taken) if bit == "1"]
+    """Writes a source's audio, and at last its rows, which say that it is complete."""
+    paths = repository.match(source.audio)
+    require(len(paths) == len(taken), f"{len(paths)} audio files instead of {len(taken)}")
     align = source.labels(repository) if source.labels else lambda name, wav: None
     rows, broken = [], []
+    paths = [path for path, bit in zip(paths, taken) if bit == "1"]
     for path in tqdm(paths, source.prefix, leave=False, disable=None):
-        name = re.fullmatch(source.audio, path)[1].replace("/", "-")
-        fileid, first = f"{source.prefix}-{name}", path.split("/")[0]
-        language = source.language or LANGUAGES.get(first, first)
+        name, first = re.fullmatch(source.audio, path)[1].replace("/", "-"), path.split("/")[0]
+        fileid, language = f"{source.prefix}-{name}", source.language or LANGUAGES.get(first, first)
         try:
             wav = decode(repository.read(path))
             phones = align(name, wav)
@@ -315,7 +327,7 @@ def add_source(source, repository, out, taken):
             continue
         file = f"audio/{language}/{fileid}.flac"
         write_audio(out / file, wav)
-        # A few of the Dutch alignments are of a longer recording.
+        # Five of the Dutch alignments are of longer recordings.
         fits = phones and phones[-1][1] < len(wav) / SAMPLE_RATE + 0.1
         rows.append(dict(fileid=fileid, path=file, num_samples=len(wav), language=language,
                          phones=phone_per_frame(phones, len(wav)) if fits else ""))
@@ -325,82 +337,69 @@ def add_source(source, repository, out, taken):
 
 
 def add_mboshi(repository, out):
-    """Draws 5 minutes of each of the three speakers for eval and, of 20 others, 10 for adapt;
-    the third speaker has fewer. Utterances whose alignment is marked ERROR are left out."""
-    names = sorted(match[1] for path in repository.files
-                   if (match := re.fullmatch(MBOSHI.audio, path)))
-    parts, seconds, broken = {"eval": [], "reserve": [], "adapt": []}, Counter(), []
+    eval, others, broken = draw_mboshi(repository)
+    adapt, seconds = [], Counter()
+    random.Random(3).shuffle(others)
+    for row in others:
+        if seconds[row["speaker"]] < MBOSHI_SECONDS["adapt"]:
+            seconds[row["speaker"]] += row["num_samples"] / SAMPLE_RATE
+            adapt.append(row)
+    report(MBOSHI, eval + adapt, broken)
+    for rows, folder in (adapt, out / "adapt"), (eval, out / "eval"):
+        for row in rows:
+            write_audio(folder / row["path"], row["wav"])
+        write_table(folder / "alignments.csv", "fileid phones language", rows)
+    write_items(out / "eval" / "mboshi.item", eval)
+    write_items(out / "eval" / "mboshi-triphone.item", eval, triphones=True)
+    header = "fileid path num_samples language speaker"
+    write_table(out / "adapt" / "manifest.csv", header, sorted(adapt, key=itemgetter("fileid")))
+    write_table(out / "eval" / "manifest.csv", header, eval)  # the last: all is complete
+
+
+def draw_mboshi(repository):
+    """Of each of the three speakers 5 minutes for eval and then up to 20 others, without those
+    utterances that have no alignment or one that is marked ERROR."""
+    names = [re.fullmatch(MBOSHI.audio, path)[1] for path in repository.match(MBOSHI.audio)]
     random.Random(0).shuffle(names)
+    parts, broken, seconds = dict(eval=[], others=[]), [], Counter()
     for name in tqdm(names, "mboshi", leave=False, disable=None):
-        speaker = name.split("_")[0]
-        part = next((part for part, limit in (("eval", 300), ("reserve", 1200))
-                     if seconds[part, speaker] < limit), None)
-        labels = f"ZRC_scoring/mboshi/in/{name}.phn"
-        if part is None or labels not in repository.files:
+        speaker, labels = name.split("_")[0], f"ZRC_scoring/mboshi/in/{name}.phn"
+        wanted = [part for part in parts if seconds[speaker, part] < MBOSHI_SECONDS[part]]
+        if not wanted or labels not in repository.files:
             continue
         try:
-            lines = repository.read(labels).decode().splitlines()
+            lines = repository.read(labels).decode().splitlines()  # start end phone
             if any("ERROR" in line for line in lines):
                 continue
-            wav = decode(repository.read(MBOSHI.audio.replace(r"(.+)\.", f"{name}.")))
+            wav = decode(repository.read(f"full_corpus_newsplit/all/{name}.wav"))
         except InputError as error:
             broken.append(f"{name}: {error}")
             continue
-        seconds[part, speaker] += len(wav) / SAMPLE_RATE
+        seconds[speaker, wanted[0]] += len(wav) / SAMPLE_RATE
         phones = [(float(start), float(end), p) for start, end, p in map(str.split, lines)]
-        parts[part].append(dict(
+        parts[wanted[0]].append(dict(
             fileid=name, path=f"audio/{name}.flac", num_samples=len(wav), language="mboshi",
-            speaker=speaker, intervals=phones, phones=phone_per_frame(phones, len(wav)), wav=wav))
-    random.Random(3).shuffle(parts["reserve"])
-    for row in parts["reserve"]:
-        if seconds["adapt", row["speaker"]] < 600:
-            seconds["adapt", row["speaker"]] += row["num_samples"] / SAMPLE_RATE
-            parts["adapt"].append(row)
-    report(MBOSHI, parts["eval"] + parts["adapt"], broken)
-    write_mboshi(parts, out / "mboshi")
+            speaker=speaker, wav=wav, intervals=phones, phones=phone_per_frame(phones, len(wav))))
+    return parts["eval"], parts["others"], broken
 
 
-def write_mboshi(parts, out):
-    for part in "adapt", "eval":
-        for row in parts[part]:
-            write_audio(out / part / row["path"], row["wav"])
-        write_table(out / part / "alignments.csv", "fileid phones language", parts[part])
-    write_items(out / "eval" / "mboshi.item", parts["eval"], context=0, longest=0.5)
-    write_items(out / "eval" / "mboshi-triphone.item", parts["eval"], context=1, longest=1.0)
-    header = "fileid path num_samples language speaker"
-    write_table(out / "adapt" / "manifest.csv", header,
-                sorted(parts["adapt"], key=lambda row: row["fileid"]))
-    write_table(out / "eval" / "manifest.csv", header, parts["eval"])  # last: all is complete
-
-
-def write_items(path, rows, context, longest):
-    """ABX items: phones of 30 to 500 ms; with context=1 they span their neighbours, too."""
+def write_items(path, rows, triphones=False):
+    """ABX items: phones of 30 to 500 ms; or, up to 1 s long, a phone with both its neighbours."""
     lines = ["#file onset offset #phone prev-phone next-phone speaker"]
+    edge = 0, 0, "SIL"
     for row in rows:
-        silence = (0, 0, "SIL")
-        padded = [silence, *row["intervals"], silence]
+        padded = [edge, *row["intervals"], edge]
         for before, (start, end, phone), after in zip(padded, padded[1:], padded[2:]):
-            around = before[2], after[2]
-            if phone == "SIL" or not 0.03 <= end - start <= 0.5 or context and "SIL" in around:
+            if phone == "SIL" or not 0.03 <= end - start <= 0.5:
                 continue
-            if context:
+            if triphones:
                 start, end = before[0], after[1]
-            if end - start <= longest:
-                lines.append(f"{row['fileid']} {start:.4f} {end:.4f} {phone} {' '.join(around)} "
-                             f"{row['speaker']}")
-    part = path.with_name(path.name + ".tmp")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    part.rename(path)
-
-
-def report(source, rows, broken):
-    for line in broken[:3]:
-        print(f"{source.prefix}: left out {line}", file=sys.stderr)
-    hours = sum(row["num_samples"] for row in rows) / SAMPLE_RATE / 3600
-    labels = sum(bool(row["phones"]) for row in rows)
-    print(f"{source.prefix}: {len(rows)} recordings, {hours:.2f} h, {labels} with phones; "
-          f"{len(broken)} files could not be read")
-    require(rows, "none of its recordings can be read")
+                if "SIL" in (before[2], after[2]) or end - start > 1:
+                    continue
+            lines.append(f"{row['fileid']} {start:.4f} {end:.4f} {phone} {before[2]} {after[2]} "
+                         f"{row['speaker']}")
+    with written(path) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def collect(out):
@@ -409,13 +408,12 @@ def collect(out):
     for path in (out / "sources").glob("*.csv"):
         with open(path, newline="", encoding="utf-8") as file:
             rows += csv.DictReader(file)
-    rows.sort(key=lambda row: (row["language"], row["fileid"]))
+    rows.sort(key=itemgetter("language", "fileid"))
     write_table(out / "manifest.csv", "fileid path num_samples language", rows)
-    write_table(out / "alignments.csv", "fileid phones language",
-                [row for row in rows if row["phones"]])
-    hours = sum(int(row["num_samples"]) for row in rows) / SAMPLE_RATE / 3600
+    labelled = [row for row in rows if row["phones"]]
+    write_table(out / "alignments.csv", "fileid phones language", labelled)
     languages = len({row["language"] for row in rows})
-    print(f"{out}/manifest.csv: {len(rows)} recordings, {hours:.1f} h, {languages} languages")
+    print(f"{out}/manifest.csv: {describe(rows)}, {languages} languages")
 
 
 def parse_options():
@@ -433,32 +431,30 @@ def parse_options():
 
 
 def main():
-    options = parse_options()
+    options, left_out = parse_options(), []
     out = options.folder
     torch.set_num_threads(1)
-    print_sources(out, options)
-    taken, missing = read_taken(), []
+    print_sources(options)
     for source in [*SOURCES, MBOSHI]:
+        commit, taken = read_taken()[source.prefix]
         last = "mboshi/eval/manifest.csv" if source is MBOSHI else f"sources/{source.prefix}.csv"
         if (out / last).exists():
+            print(f"{source.prefix}: complete")
             continue
-        repository = None
         try:
-            repository = Repository(source, find_repository(source, out, options))
+            clone = find_clone(source, commit, options)
+            repository = Repository(source.prefix, clone, commit)
             if source is MBOSHI:
-                add_mboshi(repository, out)
+                add_mboshi(repository, out / "mboshi")
             else:
                 add_source(source, repository, out, taken)
         except InputError as error:
-            missing.append(source.prefix)
+            left_out.append(source.prefix)
             print(f"{source.prefix}: left out: {error}", file=sys.stderr)
-        finally:
-            if repository:
-                repository.close()
-    require(len(missing) <= len(SOURCES), "no repository could be read")
+    require(len(left_out) <= len(SOURCES), "no repository could be read")
     collect(out)
-    if missing:
-        print(f"left out: {', '.join(missing)} (the same command tries again)")
+    if left_out:
+        print(f"left out: {', '.join(left_out)}; the same command tries them again")
 
 
 if __name__ == "__main__":
