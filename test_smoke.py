@@ -7,6 +7,7 @@ import errno
 import http.server
 import importlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -2112,7 +2113,32 @@ def test_an_interrupted_corpus_goes_on(cli, repositories, tmp_path, monkeypatch)
     assert next(calls) == 8 + 21 + 3, "nothing is written twice"
 
 
+def test_a_corpus_s_english_is_aligned_by_pocketsphinx(repositories, monkeypatch, capsys):
+    files = {"data/one.wav": b"", "data/one.txt": b"A cat!", "x/._2.trans.txt": b"\0",
+             "x/2.trans.txt": b"2-1 THE CAT\n2-2 NOISE\n"}
+    repository = MagicMock(files=files, read=files.get)
+    repository.name = "en"
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
+    assert repositories.english(repository)("one", None) is None
+    assert "en: no alignments, as PocketSphinx is not installed" in capsys.readouterr().out
+
+    said = []
+    decoder = MagicMock(set_align_text=said.append)
+    decoder.lookup_word = lambda word: word in ("a", "the", "cat") or None
+    decoder.get_alignment.return_value = [[MagicMock(start=3, duration=4)], [MagicMock(start=7)]]
+    decoder.get_alignment()[0][0].name, decoder.get_alignment()[1][0].duration = "K", 2
+    monkeypatch.setitem(sys.modules, "pocketsphinx", MagicMock(Decoder=lambda **_: decoder))
+    align, wav = repositories.english(repository), np.zeros(1600, np.float32)
+    assert align("one", wav)[0] == (0.03, 0.07, "K") and align("2-1", wav)[1][:2] == (0.07, 0.09)
+    assert said == ["a cat", "the cat"] and align("2-2", wav) is None
+    decoder.end_utt.side_effect = RuntimeError
+    assert align("one", wav) is None
+
+
 def test_a_corpus_without_repositories(cli, repositories, tmp_path):
+    file = io.BytesIO()
+    soundfile.write(file, np.ones((279_040, 2)), 44_100, format="WAV")
+    assert len(repositories.decode(file.getvalue())) == 101_240, "as data.py counts"
     refused(cli(repositories), "folder")
     refused(cli(repositories, "real", "--from", "nowhere"), "nowhere: no such folder")
     status, _, err = cli(repositories, "real", "--from", tmp_path)

@@ -14,7 +14,8 @@ writes, everything at 16 kHz, mono:
 The audio belongs to those who published it, under the licences in the table below; none is in this
 repository. Of each source one commit is used, and of each language no more than fits with the
 others: what is taken was drawn once and stands in speech.txt, so that everyone has the same corpus.
-The same command again goes on where the last one stopped, and tries once more what was left out.
+The same command again goes on where the last one stopped, and tries once more the repositories that
+were left out. When all is complete, FOLDER/clones and FOLDER/sources can be removed.
 """
 
 import argparse
@@ -87,21 +88,23 @@ def english(repository):
     decoder = Decoder(samprate=SAMPLE_RATE, lm=None, loglevel="FATAL")
     said = transcripts(repository)
 
+    def hear(wav):
+        decoder.start_utt()
+        decoder.process_raw((wav * 32767).astype(np.int16).tobytes(), full_utt=True)
+        decoder.end_utt()
+
     def align(name, wav):
         words = re.sub(r"[^a-z' ]", " ", said.get(name, "").lower()).split()
         if not all(decoder.lookup_word(word) for word in words):
-            return None  # not in PocketSphinx's dictionary
+            return None  # a word is not in PocketSphinx's dictionary
         try:
             decoder.set_align_text(" ".join(words))
-            for level in "words", "phones":
-                if level == "phones":
-                    decoder.set_alignment()
-                decoder.start_utt()
-                decoder.process_raw((wav * 32767).astype(np.int16).tobytes(), full_utt=True)
-                decoder.end_utt()
+            hear(wav)  # where the words are
+            decoder.set_alignment()
+            hear(wav)  # where their phones are
             phones = [phone for word in decoder.get_alignment() for phone in word]
         except RuntimeError:
-            return None  # what is heard does not fit the words
+            return None  # the words do not fit what is heard
         return [(p.start / 100, (p.start + p.duration) / 100, p.name) for p in phones]
 
     return align
@@ -208,8 +211,6 @@ class Repository:
                 links.append(path)
         targets = {path: normpath(join(dirname(path), self.read(path).decode())) for path in links}
         for path, target in targets.items():  # a link stands for a file, or all files of a folder
-            while target in targets:
-                target = targets[target]
             below = [file for file in self.files if file.startswith(target + "/")]
             self.files |= {path + file[len(target):]: self.files[file] for file in below}
             self.files[path] = self.files.get(target, self.files[path])
@@ -281,7 +282,9 @@ def decode(data):
     except soundfile.LibsndfileError as error:
         raise InputError(error.error_string) from None
     require(len(wav), "no samples")
-    return resampler(rate)(torch.from_numpy(wav).mean(1)).numpy()
+    samples = math.ceil(len(wav) * SAMPLE_RATE / rate)
+    wav = resampler(rate)(torch.from_numpy(wav).mean(1)).numpy()
+    return np.pad(wav, (0, samples - len(wav)))  # torchaudio rounds: it may give one less
 
 
 def phone_per_frame(intervals, samples):
@@ -408,7 +411,7 @@ def collect(out):
     for path in (out / "sources").glob("*.csv"):
         with open(path, newline="", encoding="utf-8") as file:
             rows += csv.DictReader(file)
-    rows.sort(key=itemgetter("language", "fileid"))
+    rows.sort(key=itemgetter("path"))
     write_table(out / "manifest.csv", "fileid path num_samples language", rows)
     labelled = [row for row in rows if row["phones"]]
     write_table(out / "alignments.csv", "fileid phones language", labelled)
