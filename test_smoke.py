@@ -2115,7 +2115,7 @@ def test_an_interrupted_corpus_goes_on(cli, repositories, tmp_path, monkeypatch)
 
 def test_a_corpus_s_english_is_aligned_by_pocketsphinx(repositories, monkeypatch, capsys):
     files = {"data/one.wav": b"", "data/one.txt": b"A cat!", "x/._2.trans.txt": b"\0",
-             "x/2.trans.txt": b"2-1 THE CAT\n2-2 NOISE\n"}
+             "x/2.trans.txt": b"2-1 THE CAT\n2-2 THE NOISE\n"}
     repository = MagicMock(files=files, read=files.get)
     repository.name = "en"
     monkeypatch.setitem(sys.modules, "pocketsphinx", None)
