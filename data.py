@@ -374,7 +374,10 @@ def read_audio(path, start=0, samples=None):
             wav = torch.from_numpy(file.read(count, dtype="float32", always_2d=True)).mean(1)
     except UNREADABLE as error:
         raise InputError(str(error)) from None
-    wav = resampler(rate)(wav) if len(wav) else wav
+    if len(wav):
+        length = math.ceil(len(wav) * SAMPLE_RATE / rate)
+        wav = resampler(rate)(wav)
+        wav = torch.nn.functional.pad(wav, (0, length - len(wav)))  # torchaudio may round down
     wav = wav[start - first :][:samples]
     require(len(wav) == (samples or max(1, len(wav))), f"cut short at sample {start + len(wav)}")
     return wav

@@ -505,6 +505,12 @@ def test_reading_any_format_and_only_the_crop(tmp_path, name, rate, channels):
     complains("cut short", data.read_audio, path, len(whole) - 100, 5000)
 
 
+def test_a_resampled_file_has_the_length_that_it_was_counted_with(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=279_040) / 9, 44_100)
+    [row] = data.read_manifest(tmp_path)
+    assert len(data.read_audio(row.path, 0, row.num_samples)) == row.num_samples == 101_240
+
+
 @pytest.mark.parametrize("group", [1, 4])
 def test_batches_and_masks(monkeypatch, group):
     def noise(path, start, samples):
