@@ -113,14 +113,6 @@ PRESETS = {
 }
 
 
-def dinosr(timescale):
-    """What DinoSR, the predecessor, does otherwise. In base its decay b climbs for 30,000 steps,
-    and the teacher stops at step 200,000; smaller presets keep the proportion to SpidR's timescale.
-    """
-    return dict(objective="dinosr", layer_drop=0.05, ema_schedule="linear",
-                ema_timescale=1.5 * timescale, ema_stop=round(10 * timescale))
-
-
 # ======== (1) the downsampler and the projection ========
 
 
@@ -789,6 +781,14 @@ def load_state(model, state, path):
         first = str(error).splitlines()[1].strip()
         raise InputError(f"{path}: does not fit the configuration: {first[:200]}") from None
     return model
+
+
+def dinosr(timescale):
+    """What DinoSR, the predecessor, does otherwise. In base its decay b climbs for 30,000 steps,
+    and the teacher stops at step 200,000; smaller presets keep the proportion to SpidR's timescale.
+    """
+    return dict(objective="dinosr", layer_drop=0.05, ema_schedule="linear",
+                ema_timescale=1.5 * timescale, ema_stop=round(10 * timescale))
 
 
 def load(what, device="cpu"):
