@@ -2149,3 +2149,144 @@ def test_a_corpus_without_repositories(cli, repositories, tmp_path):
     refused(cli(repositories, "real", "--from", "nowhere"), "nowhere: no such folder")
     status, _, err = cli(repositories, "real", "--from", tmp_path)
     assert status == 2 and len(err.splitlines()) == 6 and "no repository could be read" in err
+# ======== the whole algorithm on one page ========
+# extras/minimal.py computes what the scripts compute, here in float64 and with its weights.
+
+RENAMED = [
+    (r"conv\.0\.", "feature_extractor.conv_layers.0.conv."),
+    (r"conv\.1\.", "feature_extractor.conv_layers.0.layer_norm."),
+    (r"project\.0", "feature_projection.layer_norm"),
+    (r"project\.1", "feature_projection.projection"),
+    (r"^hidden", "mask_embedding"),
+    (r"(student|teacher)\.0", r"\1.pos_conv_embed.convs"),
+    (r"(student|teacher)\.1", r"\1.layer_norm"), (r"(student|teacher)\.2", r"\1.layers"),
+    (r"self_attn.in_proj_", "attention.qkv."), (r"self_attn.out_proj", "attention.proj"),
+    (r"linear1", "feed_forward.intermediate_dense"), (r"linear2", "feed_forward.output_dense"),
+    (r"norm1", "layer_norm"), (r"norm2", "final_layer_norm"),
+    (r"heads\.(\d)", r"heads.\1.0"),
+    (r"classifiers\.(\d)", r"supervised_classifiers.\1.output_layer")]
+
+
+def as_spidr(tensors):
+    """{the name in extras/minimal.py: tensor} by the names in model.SpidR."""
+    renamed = {}
+    for name, t in tensors.items():
+        conv = re.match(r"conv\.(\d+)\.", name)
+        if name in "SN":
+            kind = {"S": "codebook", "N": "counts"}[name]
+            renamed |= {f"codebooks.{k}.{kind}": part for k, part in enumerate(t)}
+        elif conv and int(conv[1]) > 1:  # convolution, GELU, convolution, GELU ...
+            renamed[f"feature_extractor.conv_layers.{(int(conv[1]) - 1) // 2}.conv.weight"] = t
+        else:
+            for pattern, new in RENAMED:
+                name = re.sub(pattern, new, name)
+            renamed[name] = t
+    return renamed
+
+
+@pytest.fixture
+def page(float64):
+    """extras/minimal.py, a model of it, a batch, and the same model as a SpidR."""
+    minimal = importlib.import_module("extras.minimal")
+    torch.manual_seed(0)
+    minimal.random.seed(0)
+    voices = [minimal.speak(minimal.LANGUAGES[0], voice, 130) for voice in range(2)]
+    model, batch = minimal.make_model(), minimal.batch(voices)
+    convs = [[16, 10, 5], *([c, 3, 2] for c in (32, 32, 64, 64)), [64, 2, 2], [64, 2, 2]]
+    twin = SpidR(Config(
+        norm="group_norm", conv_layers=convs, dim=64, layers=3, heads=4, ffn=256, qkv_bias=True,
+        pos_kernel=27, pos_depth=3, pos_groups=4, dropout=0, attention_dropout=0, codebooks=2,
+        codewords=32, ema_start=0.9, ema_timescale=500))
+    for language in range(4):
+        twin.add_language(str(language), 12)
+    twin.load_state_dict(as_spidr(model.state_dict()) | {"current_step": torch.zeros(1)})
+    return minimal, model, batch, twin.train()
+
+
+def of_scripts(batch, **more):
+    """For the scripts: the batch, and options with which the rate stands still."""
+    wav, mask, phones = batch
+    o = meta_train.Options(lr=1e-3, lr_floor=1, warmup_steps=0, ramp_steps=0, supervised_layer=2,
+                           workers=1, **more)
+    return o, dict(wav=wav, mask=mask, phones=phones, language="0")
+
+
+def test_minimal_takes_the_same_training_step(page, monkeypatch):
+    """The same loss, gradients and weights, and labels, as the codebooks show, and teacher."""
+    minimal, model, batch, twin = page
+    o, same_batch = of_scripts(batch)
+    losses, descend = [], minimal.descend
+    monkeypatch.setattr(minimal, "descend", lambda optimizer, loss: (
+        losses.append(loss.item()), descend(optimizer, loss)))
+    optimizer = pretrain.make_optimizer(twin, o)
+    minimal.spidr_step(model, minimal.adamw(model.parameters()), *batch[:2], twin.ema_decay(10))
+    metrics = pretrain.train_step(twin, optimizer, [same_batch], 10, o.lr, o, ONE)
+    near(losses.pop(), metrics["loss"].item())
+    ours, theirs = ({name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+                    for net in (model, twin))
+    same(as_spidr(ours), theirs, 1e-7)
+    state = as_spidr(model.state_dict()) | {"current_step": torch.tensor([10])}
+    same(state, twin.state_dict(), 1e-6)
+
+
+def test_minimal_moves_phi_as_meta_train_does(page, monkeypatch):
+    """Two meta-updates of one worker, with fresh codebooks and heads by a formula."""
+    minimal, model, batch, twin = page
+    noise = torch.randn(32, 64)
+    monkeypatch.setattr(torch, "randn", lambda *shape: (
+        noise if len(shape) == 1 else noise.T.expand(shape)))
+    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda linear: [
+        p.data.copy_(s(p.numel(), 0).view(p.shape) / 8) for p in linear.parameters()])
+    monkeypatch.setattr(minimal, "batch", lambda voices: batch)
+    start = {name: t.clone() for name, t in model.state_dict().items()}
+    minimal.foblo(model, ["one"], updates=2, workers=1, M=3, N=2, beta=0.5)
+
+    o, same_batch = of_scripts(batch, updates=2, inner_steps=3, outer_steps=2, beta=0.5)
+    twin.config.ema_start = 1.0
+    monkeypatch.setattr(meta_train, "fetch", lambda *_: itertools.repeat([same_batch]))
+    monkeypatch.setattr(meta_train, "save", lambda *_: None)
+    names = [name for name in twin.state_dict() if name != "current_step"]
+    phi = [t.clone() for t in meta_train.theta(twin)]
+    delta = [torch.zeros_like(t) for t in phi]
+    meta_train.meta_train(
+        o, twin, phi, delta, [pretrain.make_optimizer(twin, o)], [0],
+        MagicMock(return_value=(1, 1)), ONE, ONE, MagicMock(), (0, 0))
+    same(as_spidr(model.state_dict()), dict(zip(names, phi)), 1e-5)
+    assert all((start[name] != t).any() for name, t in model.state_dict().items()
+               if name.startswith(("conv", "student.2.0")))
+
+
+def test_minimal_has_the_same_abx(page, tmp_path):
+    minimal, model, _, twin = page
+    voices = [minimal.speak(minimal.LANGUAGES[3], voice, 120) for voice in range(3)]
+    features, lines = {}, ["#file onset offset #phone prev-phone next-phone speaker"]
+    for voice, (sound, phones) in enumerate(voices):
+        wav = (sound - sound.mean()) / sound.std(correction=0)
+        features[f"f{voice}"], start = twin.encode(wav[None])[1][0].detach(), 0
+        for phone, run in itertools.groupby(phones):
+            end = start + len([*run])
+            lines.append(f"f{voice} {start / 50:.2f} {end / 50:.2f} {phone} - - {voice}")
+            start = end
+    items = tmp_path / "new.item"
+    items.write_text("\n".join(lines) + "\n")
+    found = [evaluate.abx(features, items, speaker, "any") for speaker in ("within", "across")]
+    assert minimal.abx(model, voices) == pytest.approx(found, abs=1e-2)
+
+
+def test_minimal_runs_and_fits_on_a_page(capsys, monkeypatch):
+    minimal = importlib.import_module("extras.minimal")
+    text, decays, spidr_step = Path(minimal.__file__).read_text(), [], minimal.spidr_step
+    monkeypatch.setattr(minimal, "spidr_step", lambda *which, b=1.0, **more: (
+        decays.append(b), spidr_step(*which, b=b, **more)))
+    monkeypatch.setattr(minimal, "foblo", partial(minimal.foblo, workers=1, M=1, N=1))
+    monkeypatch.setattr(minimal, "speak", lambda *which, speak=minimal.speak: (
+        speak(*which[:2], min(which[2], 110))))
+    minimal.main(seed=0, steps=2, updates=1, adaptation=1)
+    *_, untrained, learnt, prepared, _ = capsys.readouterr().out.splitlines()
+    for line in untrained, learnt, prepared:
+        assert all(0 < float(error) < 60 for error in line.split()[-4:])
+    twin = SpidR(Config(layers=1, dim=16, heads=1, codebooks=1, ema_timescale=500))
+    near(decays, [twin.ema_decay(1), twin.ema_decay(2)] + [1] * 4)
+    lines = [line for line in text.splitlines() if line]
+    assert len(lines) <= 200 and max(map(len, lines)) <= 100
+    assert all(f"({n})" in text for n in (*range(1, 9), 11, 13))
