@@ -1,8 +1,9 @@
-"""SpidR and FOBLO on one page: this is the algorithm, everything else is data, speed and safety.
+"""SpidR, which learns from sound alone to tell phones apart, and FOBLO, which finds a start from
+which it learns a new language fast. This is the algorithm; all else is data, speed and safety.
 
     python extras/minimal.py [SEED]        two minutes on one CPU core; needs PyTorch alone
 
-The equations have README.md's numbers; read on in part one of model.py. Shapes: B crops, T frames
+Equations are numbered as in README.md; read on in part one of model.py. Shapes: B crops, T frames
 of 20 ms, D channels, L layers, K codebooks of V codewords, M hidden frames in the whole batch."""
 import copy
 import functools
@@ -70,7 +71,7 @@ def make_model():
     for sizes in (16, 32, 3), (32, 32, 3), (32, 64, 3), (64, 64, 3), (64, 64, 2), (64, 64, 2):
         model.conv.extend([nn.Conv1d(*sizes, stride=2, bias=False), nn.GELU()])
     model.project = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, D))
-    model.hidden = nn.Parameter(torch.rand(D))  # what the student hears of a hidden frame
+    model.hidden = nn.Parameter(torch.rand(D))  # heard in the place of a hidden frame
     model.student, model.teacher = make_transformer(), make_transformer().requires_grad_(False)
     model.heads = nn.ModuleList(nn.Linear(D, V) for _ in range(K))
     model.classifiers = nn.ModuleList(nn.Linear(D, len(PHONES)) for _ in LANGUAGES)  # for FOBLO
@@ -78,8 +79,9 @@ def make_model():
     model.register_buffer("N", torch.ones(K, V))  # codeword v of codebook k is S[k, v] / N[k, v]
     return model
 
-def frames_of(model, wav):
-    return model.project(model.conv(wav[:, None]).mT)  # (1) [B, T, D]
+def hear(model, wav, hide=torch.tensor(False)):
+    x = model.project(model.conv(wav[:, None]).mT)  # (1) [B, T, D]
+    return torch.where(hide[..., None], model.hidden, x)  # (1) hidden frames all sound the same
 
 def layers_of(transformer, x):
     """What each layer makes of frames x: its feed-forward output, which is then added to x."""
@@ -96,23 +98,22 @@ def layers_of(transformer, x):
 # ======== SpidR: learning from sound alone ========
 # Half of the frames are hidden from the student. It must guess what the teacher, which hears all,
 # makes of them: in each of the last K layers, the codeword nearest to the output. Gradients would
-# make that easy by making all answers the same, so none reach them: a codeword is the running
-# average of the outputs it was nearest to, and the teacher is the running average of the student.
+# make that easy by making all answers the same. So none reach them: a codeword is, as in k-means,
+# the average of the outputs it was nearest to, the teacher is the average of past students.
 def spidr_step(model, optimizer, wav, hide, b=1.0, refit=0):
-    x = frames_of(model, wav)  # (1)
-    heard = torch.where(hide[..., None], model.hidden, x)  # (1)
-    outputs = torch.stack(layers_of(model.student, heard)[-K:])[:, hide]  # [K, M, D]
+    """A training step. The student learns by gradients, the codebooks and the teacher follow."""
+    outputs = torch.stack(layers_of(model.student, hear(model, wav, hide))[-K:])[:, hide]
     with torch.no_grad():
-        f = torch.stack(layers_of(model.teacher, x)[-K:])  # [K, B, T, D]
-        targets = F.layer_norm(f.mT, f.shape[2:3]).mT[:, hide]  # (2) [K, M, D], normed over time
+        f = torch.stack(layers_of(model.teacher, hear(model, wav))[-K:])  # [K, B, T, D]
+        targets = F.layer_norm(f.mT, f.shape[2:3]).mT[:, hide]  # (2) over time [K, M, D]
         labels = torch.cdist(targets, model.S / model.N[..., None]).argmin(-1)  # (3) [K, M]
     for _ in range(refit):  # (11) new heads catch up with new codebooks, before all else moves
         sgd = torch.optim.SGD(model.heads.parameters(), lr=0.05 * K)
         descend(sgd, loss_of(model.heads, outputs.detach(), labels))
-    descend(optimizer, loss_of(model.heads, outputs, labels))  # moves the student and its heads
+    descend(optimizer, loss_of(model.heads, outputs, labels))  # (4) moves the student
     with torch.no_grad():
         nearest = F.one_hot(labels, V).type_as(targets)  # [K, M, V]
-        n, s = nearest.sum(1), nearest.mT @ targets  # of each codeword: targets and their sum
+        n, s = nearest.sum(1), nearest.mT @ targets  # each codeword's targets: how many, their sum
         used = n > 0
         model.N[used] = 0.9 * model.N[used] + 0.1 * n[used]  # (5)
         model.S[used] = 0.9 * model.S[used] + 0.1 * s[used]  # (5)
@@ -122,7 +123,7 @@ def spidr_step(model, optimizer, wav, hide, b=1.0, refit=0):
             model.teacher[0].load_state_dict(model.student[0].state_dict())  # positions: copied
 
 def loss_of(heads, outputs, labels):
-    return sum(F.cross_entropy(head(f), y) for head, f, y in zip(heads, outputs, labels)) / K  # (4)
+    return sum(F.cross_entropy(head(x), y) for head, x, y in zip(heads, outputs, labels)) / K
 
 def descend(optimizer, loss):
     optimizer.zero_grad()
@@ -146,7 +147,7 @@ def abx(model, voices):
     """Errors in %, if X has the voice of A and B and if not: means over tokens, voices, phones."""
     tokens, errors = {}, ({}, {})
     for voice, (sound, phones) in enumerate(voices):
-        x = layers_of(model.student, frames_of(model, F.layer_norm(sound, sound.shape)[None]))[1][0]
+        x = layers_of(model.student, hear(model, F.layer_norm(sound, sound.shape)[None]))[1][0]
         for phone, run in itertools.groupby(range(len(phones)), phones.__getitem__):
             tokens.setdefault((phone, voice), []).append(F.normalize(x[[*run]], dim=1))
     for (a, voice), (b, same), (x, other) in itertools.product(tokens, repeat=3):
@@ -158,26 +159,25 @@ def abx(model, voices):
     return [100 * fmean(map(fmean, pairs.values())) for pairs in errors]  # (13)
 
 # ======== FOBLO: a start from which a language is quickly learnt ========
-# An episode plays a new language: from a start phi, M steps on sound alone. Then N steps on phone
-# labels show which way the result was wrong. FOBLO moves phi that way: by what those N steps alone
-# changed, as if they had begun at phi.
+# An episode plays a new language: from the start phi, M steps on sound alone. Where they lead is
+# not yet right, N steps on phone labels show in which direction. FOBLO moves phi by what these N
+# steps changed, not by the M before them, as if the N had begun at phi.
 def foblo(model, sources, updates=6, workers=2, M=20, N=10, beta=1.0):
     optimizers = [adamw(model.parameters()) for _ in range(workers)]
-    phi = copy.deepcopy(model.state_dict())
+    phi = copy.deepcopy(model.state_dict())  # weights, codebooks, teacher: everything
     for _ in range(updates):
         delta = dict.fromkeys(phi, 0)
         for optimizer in optimizers:  # each worker has a language; here they take turns
             language = random.randrange(len(sources))
             model.load_state_dict(phi)
             adapt(model, optimizer, sources[language], M)
-            theta_M = copy.deepcopy(model.state_dict())  # weights, codebooks, teacher: everything
+            theta_M = copy.deepcopy(model.state_dict())
             for _ in range(N):
                 wav, hide, phones = batch(sources[language])
-                heard = torch.where(hide[..., None], model.hidden, frames_of(model, wav))
-                logits = model.classifiers[language](layers_of(model.student, heard)[1])
-                descend(optimizer, F.cross_entropy(logits.mT, phones))  # (7)
+                f = layers_of(model.student, hear(model, wav, hide))[1]  # of the second layer
+                descend(optimizer, F.cross_entropy(model.classifiers[language](f).mT, phones))  # (7)
             for name, theta in model.state_dict().items():
-                delta[name] = delta[name] + theta - theta_M[name]
+                delta[name] += theta - theta_M[name]
         phi = {name: phi[name] + beta * delta[name] / workers for name in phi}  # (8)
     model.load_state_dict(phi)
     return model
@@ -213,8 +213,8 @@ def main(seed=0, steps=400, updates=6, adaptation=60):
         adapt(model, adamw(model.parameters()), new, adaptation)
         errors += abx(model, test)
         print(f"{name:12}", *map("{:8.1f}".format, errors), flush=True)
-    print(f"Across voices FOBLO took SpidR's {models['SpidR'][1]:.1f} to {errors[1]:.1f}, by labels of "
-          f"other languages. Adaptation took that to {errors[3]:.1f}, by the new one's sound alone.")
+    print(f"Across voices, FOBLO made SpidR's {models['SpidR'][1]:.1f} {errors[1]:.1f}, with phone "
+          f"labels of other languages. Adaptation, from sound alone, then made it {errors[3]:.1f}.")
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
