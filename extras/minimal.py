@@ -167,15 +167,15 @@ def foblo(model, sources, updates=6, workers=2, M=20, N=10, beta=1.0):
     phi = copy.deepcopy(model.state_dict())  # weights, codebooks, teacher: everything
     for _ in range(updates):
         delta = dict.fromkeys(phi, 0)
-        for optimizer in optimizers:  # each worker has a language; here they take turns
+        for adam in optimizers:  # each worker has a language; here they take turns
             language = random.randrange(len(sources))
             model.load_state_dict(phi)
-            adapt(model, optimizer, sources[language], M)
+            adapt(model, adam, sources[language], M)
             theta_M = copy.deepcopy(model.state_dict())
             for _ in range(N):
                 wav, hide, phones = batch(sources[language])
                 f = layers_of(model.student, hear(model, wav, hide))[1]  # of the second layer
-                descend(optimizer, F.cross_entropy(model.classifiers[language](f).mT, phones))  # (7)
+                descend(adam, F.cross_entropy(model.classifiers[language](f).mT, phones))  # (7)
             for name, theta in model.state_dict().items():
                 delta[name] += theta - theta_M[name]
         phi = {name: phi[name] + beta * delta[name] / workers for name in phi}  # (8)
