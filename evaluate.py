@@ -2,38 +2,43 @@
 (SpidR, arXiv 2512.20308; ZeroSpeech 2021; phoneme discovery: DiscoPhon, arXiv 2603.18612.)
 
     python evaluate.py features --model M --audio A --out FOLDER [--layer L]
-    python evaluate.py units    --model M --audio A --out U.jsonl [--layer L]
+    python evaluate.py units    --model M --audio A --out U.jsonl [--layer L] [--dedupe]
+    python evaluate.py units    --model M --audio A --textgrid FOLDER [--alignments P]
     python evaluate.py abx      --items X.item (--model M --audio A | --features FOLDER)
-    python evaluate.py quality  --units U.jsonl --alignments P.csv
+    python evaluate.py quality  --units U.jsonl --alignments P [--track one-to-one]
     python evaluate.py discophon --model M --data DISCOPHON --out FOLDER [--languages deu,swa]
     python evaluate.py lm       --units U.jsonl --out LM
     python evaluate.py swuggy | sblimp | tsc | ssc  --lm LM --model M --data FOLDER
 
-`features` writes what a layer makes of each recording, [T, D], and `units` the codewords that its
-head predicts, [T], both at 50 Hz; frame i stands at (i + 1/2) / 50 s. `abx` asks whether a token of
-a phone is nearer to another token of it than to one of another phone: 0% errors are perfect, 50%
-are chance, good models make 3 to 6%. `quality` tells how well units stand for phones. `lm` trains a
-causal Transformer on units; with it `swuggy` asks which of two recordings is a word, `sblimp` which
-one is grammatical, `tsc` which one ends a story as it began.
+`features` writes the output of a layer for each recording, [T, D], and `units` the codewords that
+the layer's head predicts, [T], both at 50 Hz; frame i is centred at (i + 1/2) / 50 s. `abx` asks
+whether a token of a phone is nearer to another token of that phone than to a token of another one:
+0% is perfect, 50% is chance, good models reach 3 to 6%. `quality` compares units with phones. `lm`
+trains a causal Transformer on units. With it `swuggy` asks which of two recordings is a word,
+`sblimp` which is grammatical, `tsc` and `ssc` which is the right end of a story.
 
-M is a run, a checkpoint of ours or a released one, a released model's name, or a baseline: mfcc,
-wav2vec2_base, hubert_base, wavlm_base. A is a folder of audio, a manifest, or one file. Layers
-count from 1. Features and units carry a hash of their model, so that they are never taken for
-another one's.
+M is a run, a checkpoint, a released model's name, or a baseline: mfcc, wav2vec2_base, hubert_base,
+wavlm_base. A is a folder of audio, a manifest, or one file. Layers count from 1. Features and units
+carry a hash of their model's weights, so a language model is never fed another model's units.
+docs/evaluation.md explains the measures, the benchmarks' folders and all formats.
 """
 
 import argparse
 import csv
+import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
+import shutil
 import sys
-from collections import Counter, defaultdict, namedtuple
+import zlib
+from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
+from itertools import chain, groupby, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Callable, NamedTuple
@@ -45,9 +50,9 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-import model as spidr
 import pretrain
-from model import InputError, all_sum, option, require
+from model import (
+    InputError, all_sum, entropy, load, load_state, option, read_checkpoint, require, run)
 
 RATE = 50  # frames a second
 HOP, FIELD = 320, 400  # samples from one frame to the next, and samples that a frame sees
@@ -57,19 +62,20 @@ HOP, FIELD = 320, 400  # samples from one frame to the next, and samples that a 
 
 
 class Encoder(NamedTuple):
-    """What makes frames of audio: one of our networks, or a baseline, which makes no units."""
+    """A model that turns audio into frames: one of our networks, or a baseline, which has no units.
+    `encode` and `units` take a waveform [N] of variance 1 and return {layer: frames}."""
 
     name: str
     hash: str  # of the weights
     layers: int  # L
     codebooks: int  # K, of the last K layers
     codewords: int  # V
-    encode: Callable  # a waveform [N] -> what each of the L layers makes of it, [T, D]
-    units: Callable = None  # a waveform [N] -> the units of each of the last K layers, [T]
+    encode: Callable  # -> {layer: its output [T, D]}
+    units: Callable = None  # -> {layer: the units [T] that its head predicts}
 
     def layer(self, wanted=None, units=False):
-        """The layer asked for; else the second that has a codebook, since phones are usually
-        clearest there (6 of 12 in base), or the middle one of a baseline."""
+        """The layer asked for. By default the second that has a codebook, where phones are usually
+        clearest (6 of 12 in base); of a baseline the middle one."""
         require(self.codebooks or not units, f"{self.name} has no codebooks, so it makes no units")
         first = self.layers - self.codebooks + 1  # that has a codebook
         usual = min(first + 1, self.layers) if self.codebooks else max(1, self.layers // 2)
@@ -80,18 +86,42 @@ class Encoder(NamedTuple):
 
 
 @torch.no_grad()
+def frames_of(wav, make, layers, longest=60):
+    """{layer: its frames} of a waveform [N], as `make`, an encoder's encode or units, gives them.
+    More than `longest` seconds are encoded in windows."""
+    parts = defaultdict(list)
+    for begin, end, keep in windows(len(wav), longest):
+        outputs = make(wav[begin:end])
+        for layer in layers:
+            parts[layer].append(outputs[layer][keep].cpu())
+    return {layer: torch.cat(part) for layer, part in parts.items()}
+
+
 def extract(rows, encoder, layers, units=False, longest=60):
-    """Yields (fileid, [the frames [T, D] or units [T] of each of these layers]) for each recording.
-    What is longer than `longest` seconds goes in windows."""
+    """Yields (fileid, {layer: its frames [T, D], or its units [T]}) for each recording."""
     require(len({row.fileid for row in rows}) == len(rows), "a fileid names several recordings: "
             "give the manifest a column fileid in which all are different")
     for row in tqdm(rows, "audio", unit="file", leave=False, disable=None):
-        wav, parts = read_recording(row), []
-        for begin, end, keep in windows(len(wav), longest):
-            found = encoder.units(wav[begin:end]) if units else encoder.encode(wav[begin:end])
-            # The layers are counted from the last one, since only the last K have units.
-            parts.append([found[layer - encoder.layers - 1][keep].cpu() for layer in layers])
-        yield row.fileid, [torch.cat(part) for part in zip(*parts)]
+        make = encoder.units if units else encoder.encode
+        yield row.fileid, frames_of(read_recording(row), make, layers, longest)
+
+
+def units_and_durations(encoder, wav, layer=None):
+    """What a unit language model takes: the units of a waveform [N] at 16 kHz without repetitions,
+    and how many frames of 20 ms each of them lasts."""
+    layer = encoder.layer(layer, units=True)
+    return runs(frames_of(data.standardise(wav), encoder.units, [layer])[layer].numpy())
+
+
+def runs(labels):
+    """An array of the labels without repetitions, and how often each is repeated."""
+    labels = np.asarray(labels)
+    starts = np.flatnonzero(np.diff(labels, prepend=-1))
+    return labels[starts], np.diff(starts, append=len(labels))
+
+
+def dedupe(labels):
+    return runs(labels)[0]
 
 
 # ======== ABX: the distance of two tokens ========
@@ -112,38 +142,37 @@ def identity(x, y):  # of units
 DISTANCES = {"angular": angular, "euclidean": euclidean, "identity": identity}  # -> [Fx, Fy]
 
 
-def dtw(table, tx, ty):
-    """Dynamic time warping of P pairs of tokens: the mean distance of frames along the best path,
-    which is the one with the least sum.
+def dtw(d, tx, ty):
+    """Dynamic time warping of P pairs of tokens, x and y: the mean distance of their frames along
+    the path with the smallest sum, [P].
 
-    At first table[i, j, p], with i and j from 1, is the distance of frame i of x from frame j of y
-    in pair p; row 0 and column 0 are a border, with any content. The table is overwritten by the
-    cost of the best path from (1, 1) to (i, j). Pair p has tx[p] and ty[p] frames. What is beyond
-    them is padding and changes nothing. Returns [2, P]: d(x, y) and d(y, x). They differ only where
-    several paths cost the same, because each then takes another one.
+    d[i, j, p] is the distance of frame i of x from frame j of y in pair p, which have tx[p] and
+    ty[p] frames. What lies beyond these is padding and changes nothing.
     """
-    height, width, pairs = table.shape
-    table[0], table[:, 0] = np.inf, np.inf
-    table[0, 0] = 0
-    cost = table.reshape(-1, pairs)  # Cell (i, j) is row i * width + j.
-    length = np.zeros((2, *cost.shape), np.int16)  # the number of cells on that path
-    # The cells with i + j = k depend on smaller k only. In `cost` they are width - 1 apart.
-    for k in range(2, height + width - 1):
-        first, last = max(1, k - width + 1), min(k - 1, height - 1)  # their i
-        start, stop = first * width + k - first, last * width + k - last + 1
-        here, diagonal, left, up = (slice(start - back, stop - back, width - 1)
-                                    for back in (0, width + 1, 1, width))
-        # Among equal costs the path prefers the diagonal, then the step along the second token: of
-        # x from y the one to the left, of y from x the one up. A choice is a product with 0 or 1,
-        # which is several times as fast as np.where.
-        to_left = np.stack([cost[left] <= cost[up], cost[left] < cost[up]])
+    height, width, pairs = d.shape
+    # cost[k, i] is the sum along the best path to the i-th frame of x and the j-th of y, where
+    # j = k - i, and length[k, i] the number of frames on this path. Both depend on k - 1 and k - 2
+    # only, so a whole diagonal k is computed at once.
+    cost = np.empty((height + width + 1, height + 1, pairs), np.float32)
+    length = np.zeros(cost.shape, np.int16)
+    border = np.arange(height + 1)
+    cost[:, 0] = cost[border, border] = np.inf  # i = 0 and j = 0: no frames
+    cost[0, 0] = 0
+    for k in range(2, height + width + 1):
+        here = slice(max(1, k - width), min(k - 1, height) + 1)
+        i, above = np.arange(height + 1)[here], slice(here.start - 1, here.stop - 1)
+        diagonal, left, up = (k - 2, above), (k - 1, here), (k - 1, above)
+        # Of equal sums the path prefers the diagonal, then the step along y.
         straight = np.minimum(cost[left], cost[up])
-        steps = length[:, up] + to_left * (length[:, left] - length[:, up])
-        steps += (cost[diagonal] <= straight) * (length[:, diagonal] - steps)
-        length[:, here] = steps + 1
-        cost[here] += np.minimum(straight, cost[diagonal])
-    end, pair = tx * width + ty, np.arange(pairs)
-    return cost[end, pair] / length[:, end, pair]  # (13)
+        steps = choose(cost[left] <= cost[up], length[left], length[up])
+        length[k, here] = 1 + choose(cost[diagonal] <= straight, length[diagonal], steps)
+        cost[k, here] = d[i - 1, k - i - 1] + np.minimum(cost[diagonal], straight)
+    end = tx + ty, tx, np.arange(pairs)
+    return cost[end] / length[end]  # (13)
+
+
+def choose(condition, a, b):  # np.where(condition, a, b), several times as fast
+    return b + condition * (a - b)
 
 
 # ======== ABX: triples and cells ========
@@ -154,7 +183,7 @@ def abx_pools(items, context, max_size_group, random):
     in a context, from which A and B are taken."""
     pools = defaultdict(lambda: defaultdict(list))
     order = range(len(items)) if max_size_group is None else random.permutation(len(items))
-    for n in order:  # as in fastabx, what is left out has no role in any cell
+    for n in order:  # As in fastabx, a token that is left out plays no role in any cell.
         item = items[n]
         group = pools[item.context if context == "within" else "", item.speaker][item.phone]
         if max_size_group is None or len(group) < max_size_group:
@@ -162,75 +191,69 @@ def abx_pools(items, context, max_size_group, random):
     return {key: dict(sorted(pool.items())) for key, pool in sorted(pools.items())}
 
 
-def abx_xs(pools, speaker, max_x_across, random):
-    """{(context, speaker): [(phone A, speaker of X)]}: whose tokens of A are X for this pool."""
-    speakers, xs = defaultdict(list), defaultdict(list)
+def abx_groups(pools, speaker, max_x_across, random):
+    """[(context, speaker of A and B, phone of A and X, speaker of X)]: the groups of X for which
+    there are an A and a B."""
+    speakers, groups = defaultdict(list), []
     for (context, who), pool in pools.items():
         for phone in pool:
             speakers[context, phone].append(who)
     for (context, who), pool in pools.items():
-        alone = speaker == "within" and max(map(len, pool.values())) == 1  # no A beside X
-        for phone in pool if len(pool) > 1 and not alone else ():
-            others = [who]
-            if speaker == "across":
+        for phone, tokens in pool.items() if len(pool) > 1 else ():
+            if speaker == "within":
+                others = [who] * (len(tokens) > 1)  # X is a token of the pool, and A another one
+            else:
                 others = [other for other in speakers[context, phone] if other != who]
                 if max_x_across is not None:
                     others = random.permutation(others)[:max_x_across]
-            if len(others):
-                xs[context, who] += [(phone, other) for other in others]
-    return xs
+            groups += [(context, who, phone, other) for other in others]
+    return groups
 
 
 def errors(to_a, to_b):
-    """From an X's distances from all A and all B: for each B the number of A for which the triple
-    is wrong. It is wrong if X is nearer to B than to A. A tie counts half."""
+    """From an X's distances from all A and from all B: for each B the share of A with which the
+    triple is wrong. It is wrong if X is nearer to B than to A. A tie counts half."""
     to_a = to_a[:, None]
-    return (to_a > to_b).sum(0) + (to_a == to_b).sum(0) / 2  # (13)
+    return ((to_a > to_b).sum(0) + (to_a == to_b).sum(0) / 2) / len(to_a)  # (13)
 
 
-def abx_cells(pools, xs, tokens, distance):
-    """-> {(A, B, speaker of A and B): shares of wrong triples in each cell}, number of triples
-
-    A cell is all triples of one A, one B, one speaker, one context and one speaker of X.
-    """
-    jobs = []
-    for (context, who), groups in xs.items():
-        y = [tokens[n] for group in pools[context, who].values() for n in group]
-        x = [tokens[n] for phone, other in groups for n in pools[context, other][phone]]
-        within = groups[0][1] == who  # X are the tokens of A and B, and y is all of them
-        jobs.append((y if within else x, y))
+def abx_cells(pools, groups, tokens, distance):
+    """{(A, B, speaker of A and B): each cell's error}, and the number of triples. A cell is all
+    triples of one A, one B, one speaker, one context and one speaker of X."""
     cells, triples = defaultdict(list), 0
-    for ((context, who), groups), d in zip(xs.items(), distances(jobs, distance)):
-        pool, rows = pools[context, who], iter(d)  # the X of the first group, then of the next
-        ends = np.cumsum([len(group) for group in pool.values()])
-        at = {phone: slice(end - len(pool[phone]), end) for phone, end in zip(pool, ends)}
-        for phone, other in groups:
-            x = list(itertools.islice(rows, len(pools[context, other][phone])))
-            # Pairs of A and X. Of one speaker, X is also among the A, where it is never wrong: it
-            # is -inf from itself.
-            pairs = len(x) * (len(pool[phone]) - (other == who))
-            wrong = sum(errors(row[at[phone]], row) for row in x)
-            for phone_b, b in pool.items():
-                if phone_b != phone and pairs:
-                    size = pairs * len(b)
-                    cells[phone, phone_b, who].append(wrong[at[phone_b]].sum() / size)
-                    triples += size
+    rows = distances(pools, groups, tokens, DISTANCES[distance])
+    for context, who, phone, x_speaker in groups:
+        pool, wrong = pools[context, who], []
+        ends = np.cumsum([len(numbers) for numbers in pool.values()])
+        at = {name: slice(end - len(pool[name]), end) for name, end in zip(pool, ends)}
+        x_count = len(pools[context, x_speaker][phone])
+        for x, to_pool in enumerate(islice(rows, x_count)):
+            to_a = to_pool[at[phone]]
+            if x_speaker == who:
+                to_a = np.delete(to_a, x)  # X is never its own A.
+            wrong.append(errors(to_a, to_pool))
+        wrong = np.mean(wrong, 0)
+        for phone_b in pool:
+            if phone_b != phone:
+                cells[phone, phone_b, who].append(wrong[at[phone_b]].mean())
+        triples += x_count * len(to_a) * (len(to_pool) - len(pool[phone]))
     return cells, triples
 
 
 def abx_details(features, item_file, speaker="within", context="within", distance="angular",
                 max_size_group=None, max_x_across=None, seed=0):
-    """abx() and what is worth knowing beside the error, as a dict."""
+    """The error of abx(), with the number of items, cells and triples and a note on what was left
+    out, as a dict."""
     random = np.random.default_rng(seed)
-    items, tokens, note = abx_tokens(features, read_items(item_file), item_file)
+    items, tokens, note = abx_tokens(features, read_items(item_file), item_file, distance)
     pools = abx_pools(items, context, max_size_group, random)
-    xs = abx_xs(pools, speaker, max_x_across, random)
-    cells, triples = abx_cells(pools, xs, tokens, distance)
+    groups = abx_groups(pools, speaker, max_x_across, random)
+    cells, triples = abx_cells(pools, groups, tokens, distance)
     speakers, phones = ({getattr(item, name) for item in items} for name in ("speaker", "phone"))
     require(cells, f"{item_file}: no cell for ABX {speaker} speaker, {context} context: no A, B "
             f"and X among {len(items)} items of {len(speakers)} speaker(s), {len(phones)} phone(s)")
     # (13) First the mean over contexts and speakers of X, then over speakers of A and B, then over
-    # pairs (A, B). If any context will do, the first two are one mean.
+    # pairs (A, B). Where any context will do, the first two are one mean.
     pairs = defaultdict(list)
     for (a, b, _), shares in cells.items():
         pairs[a, b] += [fmean(shares)] if context == "within" else shares
@@ -243,8 +266,8 @@ def abx_details(features, item_file, speaker="within", context="within", distanc
 def abx(features, item_file, speaker="within", context="within", **options):
     """The ABX error in percent. features {file: [T, D] at 50 Hz}; options as of abx_details.
 
-    ZeroSpeech 2021 keeps max_size_group=10 tokens of a phone in a cell and max_x_across=5 speakers
-    of X; here nothing is left out unless asked for.
+    All items count unless you ask for a sample: ZeroSpeech 2021 keeps max_size_group=10 tokens of a
+    phone in a cell and max_x_across=5 speakers of X.
     """
     details = abx_details(features, item_file, speaker, context, **options)
     if details["note"]:
@@ -255,32 +278,36 @@ def abx(features, item_file, speaker="within", context="within", **options):
 # ======== unit quality ========
 
 
-def quality(units, phones, codewords=None):
+def quality(units, phones, codewords=None, track="many-to-one"):
     """How well units, {file: [unit, ...]} at 50 Hz, stand for phones, {file: [phone, ...]} at
-    100 Hz. `codewords` is V; without it the bitrate takes the number of units that occur."""
+    100 Hz. Phones of any name count, silence too. `codewords` is V, by default the number of units
+    that occur."""
     names, tracks = labelled_tracks(units, phones)
     table = count_table(tracks, names)
-    likely = np.argsort(-table.sum(1), kind="stable")  # phones, the most frequent first
-    phone_of = likely[table[likely].argmax(0)]  # each unit's phone; of equals the more frequent
-    found = information(table)
+    phone_of = PHONE_OF[track](table, codewords)
+    measures = information(table)
     seconds = sum(len(track) for track, _ in tracks) / RATE
     kept = sum(len(dedupe(track)) for track, _ in tracks)
-    found["bitrate"] = math.log2(codewords or found["active"]) * kept / seconds
-    found["per"] = phone_error_rate(tracks, phone_of)
-    return found | boundaries(tracks, phone_of)
+    measures["bitrate"] = math.log2(codewords or measures["active"]) * kept / seconds
+    measures["per"] = phone_error_rate(tracks, phone_of)
+    return measures | boundaries(tracks, phone_of)
 
 
 def labelled_tracks(units, phones):
-    """The phones' names, and for each file its units and the numbers of its phones."""
-    files = sorted(units.keys() & phones.keys())
+    """The phones' names, as they occur, and for each file its units and its phones' numbers."""
+    files = [file for file in phones if file in units]
     require(files, "quality: no file has both units and phones")
-    names = sorted({phone for file in files for phone in phones[file]})
-    tracks = [(np.array(units[file]), np.searchsorted(names, phones[file])) for file in files]
+    if units.keys() != phones.keys():
+        print(f"quality: {len(files)} files count; {len(units) - len(files)} files without phones "
+              f"and {len(phones) - len(files)} without units are left out", file=sys.stderr)
+    names = {}
+    tracks = [(np.array(units[file]), np.array([names.setdefault(phone, len(names))
+                                                for phone in phones[file]])) for file in files]
     for file, (track, labels) in zip(files, tracks):
         # A recording is up to 3 phones longer than its units.
         require(abs(2 * len(track) - len(labels)) <= data.ALIGNMENT_SLACK + 3, f"{file}: not of "
                 f"the same audio: {len(track)} units at 50 Hz, {len(labels)} phones at 100 Hz")
-    return names, tracks
+    return [*names], tracks
 
 
 def count_table(tracks, names):
@@ -295,11 +322,40 @@ def count_table(tracks, names):
 def information(table):
     """(14) PNMI = I(phone; unit) / H(phone), and what else the counts tell."""
     joint = table / table.sum()  # p(phone, unit)
-    h_phone, h_unit, h_both = (spidr.entropy(torch.from_numpy(p)).item()  # in bits
+    h_phone, h_unit, h_both = (entropy(torch.from_numpy(p)).item()  # in bits
                                for p in (joint.sum(1), joint.sum(0), joint.flatten()))
     return dict(pnmi=(h_phone + h_unit - h_both) / h_phone if h_phone > 0 else 0.0,  # (14)
                 phone_purity=float(joint.max(0).sum()), cluster_purity=float(joint.max(1).sum()),
                 perplexity=2**h_unit, active=int((joint.sum(0) > 0).sum()))
+
+
+def by_frequency(table):
+    """The phones, the most frequent first; of equals, as in DiscoPhon, the one that came later."""
+    return np.argsort(table.sum(1), kind="stable")[::-1]
+
+
+def many_to_one(table, codewords=None):
+    """The phone of each unit: the one with which it coincides most, of equals the more frequent."""
+    likely = by_frequency(table)
+    return likely[table[likely].argmax(0)]
+
+
+def one_to_one(table, codewords=None):
+    """The phone of each unit where no two units share one: the assignment with which units and
+    phones coincide most. It takes as many units as the language has phones, silence included."""
+    phones, used = table.shape
+    size = codewords or max(phones, used)
+    require(phones <= size, f"one-to-one: {phones} phones, silence included, for {size} units: "
+            "it takes a model with as many units as the language has phones, plus one")
+    square = np.zeros((size, size))  # the rows at the end are of phones that do not occur
+    likely = by_frequency(table)
+    square[:phones, :used] = table[likely]
+    row_of = assignment(square)
+    return np.append(likely, range(phones, size))[row_of]
+
+
+MANY, ONE = "many-to-one", "one-to-one"  # DiscoPhon's two tracks
+PHONE_OF = {MANY: many_to_one, ONE: one_to_one}
 
 
 def phone_error_rate(tracks, phone_of):
@@ -310,7 +366,7 @@ def phone_error_rate(tracks, phone_of):
 
 
 def edit_distance(x, y):
-    """How many insertions, deletions and substitutions make y of x."""
+    """How many insertions, deletions and substitutions turn x into y."""
     steps = np.arange(len(y) + 1, dtype=np.int32)
     row = steps  # from nothing to the first j labels of y
     for label in x:
@@ -321,30 +377,26 @@ def edit_distance(x, y):
 
 
 def boundaries(tracks, phone_of, tolerance=2):
-    """(14) F1 and R-value of where labels change, in steps of 10 ms. A true boundary is found if a
-    predicted one lies within 20 ms of it and is not nearer to another true boundary."""
-    found = true = predicted = 0
+    """(14) F1 and R-value of where labels change, in steps of 10 ms. A true boundary is hit if a
+    predicted one lies within 20 ms. Where the windows of two true ones overlap they are cut at the
+    midpoint, which belongs to the earlier one."""
+    hits = true = predicted = 0
     for units, labels in tracks:
         said = np.flatnonzero(np.diff(labels)) + 1
         heard = 2 * (np.flatnonzero(np.diff(phone_of[units])) + 1)
         middles = np.array([-math.inf, *(said[1:] + said[:-1]) / 2, math.inf])
-        begin = np.searchsorted(heard, np.maximum(said - tolerance, middles[:-1]), "left")
+        begin = np.maximum(np.searchsorted(heard, said - tolerance, "left"),
+                           np.searchsorted(heard, middles[:-1], "right"))
         end = np.searchsorted(heard, np.minimum(said + tolerance, middles[1:]), "right")
-        found += int((end > begin).sum())  # (14)
+        hits += int((end > begin).sum())  # (14)
         true += len(said)
         predicted += len(heard)
-    recall, excess = found / max(true, 1), predicted / max(true, 1) - 1
+    recall, excess = hits / max(true, 1), predicted / max(true, 1) - 1
     r1, r2 = math.hypot(1 - recall, excess), abs(recall - excess - 1) / math.sqrt(2)
-    return dict(f1=2 * found / max(true + predicted, 1), r_value=1 - (r1 + r2) / 2)
+    return dict(f1=2 * hits / max(true + predicted, 1), r_value=1 - (r1 + r2) / 2)
 
 
 # ======== the language model on units ========
-
-
-def dedupe(labels):
-    """An array of the labels without repetitions."""
-    labels = np.asarray(labels)
-    return labels[np.diff(labels, prepend=-1) != 0]
 
 
 class UnitLM(nn.Module):
@@ -410,12 +462,12 @@ def pair_accuracy(voices, scores):
 def accuracies(pairs, scores):
     """{group: its accuracy in percent, its number of pairs}. A mean over pairs, so that a pair of
     many voices counts no more than another. pairs {pair: (groups, {voice: sides})}"""
-    found = defaultdict(list)
+    shares_of = defaultdict(list)
     for groups, voices in pairs.values():
         for group in groups:
-            found[group].append(pair_accuracy(voices.values(), scores))
+            shares_of[group].append(pair_accuracy(voices.values(), scores))
     return {group: dict(accuracy=100 * fmean(shares), pairs=len(shares))
-            for group, shares in sorted(found.items())}
+            for group, shares in sorted(shares_of.items())}
 
 
 # ======== plumbing: skip at first reading ========
@@ -430,17 +482,19 @@ def load_encoder(name, device=DEVICE):
         return Encoder(name, "", 1, 0, 0, mfcc)
     if name in BASELINES:
         return baseline(name, device)
-    return spidr_encoder(str(name), spidr.load(name, device))
+    return spidr_encoder(str(name), load(name, device))
 
 
 def spidr_encoder(name, net):
     c, device = net.config, net.mask_embedding.device
 
-    def encode(wav):  # the layers' outputs
-        return [x[0] for x in net.encode(wav[None].to(device))]
+    def encode(wav):
+        outputs = net.encode(wav[None].to(device))
+        return {layer: x[0] for layer, x in enumerate(outputs, 1)}
 
     def units(wav):  # what the student's heads predict, not the labels of the teacher
-        return net.units(wav[None].to(device))[:, 0]
+        with_codebook = range(c.layers - c.codebooks + 1, c.layers + 1)
+        return dict(zip(with_codebook, net.units(wav[None].to(device))[:, 0]))
 
     return Encoder(name, hash_weights(net), c.layers, c.codebooks, c.codewords, encode, units)
 
@@ -460,7 +514,7 @@ def mfcc(wav):
     transform = torchaudio.transforms.MFCC(data.SAMPLE_RATE, 13, log_mels=True, melkwargs=mel)
     deltas = torchaudio.functional.compute_deltas
     c = transform(F.pad(wav, (pad, pad)))  # [13, T]
-    return [torch.cat([c, deltas(c), deltas(deltas(c))]).T.contiguous()]
+    return {1: torch.cat([c, deltas(c), deltas(deltas(c))]).T.contiguous()}
 
 
 def baseline(name, device, pretrained=True):
@@ -471,7 +525,8 @@ def baseline(name, device, pretrained=True):
     net = make().eval().to(device)
 
     def encode(wav):
-        return [x[0] for x in net.extract_features(wav[None].to(device))[0]]
+        outputs = net.extract_features(wav[None].to(device))[0]
+        return {layer: x[0] for layer, x in enumerate(outputs, 1)}
 
     return Encoder(name, hash_weights(net), 12, 0, 0, encode)
 
@@ -486,17 +541,50 @@ def read_recording(row):
 
 
 def windows(samples, longest):
-    """[(first sample, end sample, frames to keep)]. A recording of over `longest` seconds goes in
-    windows that overlap, of which the middle two thirds are kept: attention over an hour does not
-    fit, and the network has never seen one."""
+    """[(first sample, end sample, frames to keep)]. A recording of over `longest` seconds is cut
+    into overlapping windows, of which the middle two thirds are kept: attention over an hour does
+    not fit in memory, and the network has never seen one."""
     if samples <= longest * data.SAMPLE_RATE:
         return [(0, samples, slice(None))]
-    frames, context, found = (samples - FIELD) // HOP + 1, longest * RATE // 6, []
+    frames, context, cuts = (samples - FIELD) // HOP + 1, longest * RATE // 6, []
     for first in range(0, frames, 4 * context):
         begin, end = max(0, first - context), min(first + 5 * context, frames)
         keep = slice(first - begin, first - begin + 4 * context)
-        found.append((begin * HOP, (end - 1) * HOP + FIELD, keep))
-    return found
+        cuts.append((begin * HOP, (end - 1) * HOP + FIELD, keep))
+    return cuts
+
+
+def assignment(score):
+    """The row of each column in the one-to-one assignment with the largest sum of a square matrix.
+
+    Rows are added one by one, each along the shortest augmenting path (Crouse, 2016). Of equally
+    short ones it takes that of scipy.optimize.linear_sum_assignment, and so of DiscoPhon.
+    """
+    size = len(score)
+    row_price, column_price = np.zeros(size), np.zeros(size)
+    row_of, column_of = np.full(size, -1), np.full(size, -1)
+    for new in range(size):
+        path, came_from = np.full(size, np.inf), np.full(size, -1)
+        row, shortest, columns, reached = new, 0.0, np.arange(size)[::-1].copy(), []
+        while row >= 0:
+            cost = shortest - score[row, columns] - row_price[row] - column_price[columns]
+            better = cost < path[columns]
+            path[columns[better]], came_from[columns[better]] = cost[better], row
+            shortest = path[columns].min()
+            equal = np.flatnonzero(path[columns] == shortest)
+            free = equal[row_of[columns[equal]] < 0]
+            at = free[-1] if len(free) else equal[0]
+            column = columns[at]
+            columns[at], columns = columns[-1], columns[:-1]
+            reached.append(column)
+            row = row_of[column]
+        row_price[new] += shortest
+        row_price[row_of[reached[:-1]]] += shortest - path[reached[:-1]]
+        column_price[reached] -= shortest - path[reached]
+        while row != new:  # along the path back, each row takes the column that it came to
+            row = row_of[column] = came_from[column]
+            column_of[row], column = column, column_of[row]
+    return row_of
 
 
 # ======== ABX: items and their frames ========
@@ -506,7 +594,7 @@ Item = namedtuple("Item", "file first end phone context speaker")  # frames from
 
 
 def read_items(path):
-    """The items of an item file. Frame i is one's if onset <= (i + 1/2) / RATE <= offset.
+    """The items of an item file. Frame i belongs to one if onset <= (i + 1/2) / RATE <= offset.
 
     In decimals: an onset such as 0.29 would fall on the wrong side of a frame in floating point.
     """
@@ -531,20 +619,23 @@ def read_items(path):
     return items
 
 
-def abx_tokens(features, items, item_file):
+def abx_tokens(features, items, item_file, distance):
     """-> the items that can be used, the frames [T, D] of each, and a line on the others."""
-    checked, used, tokens, lost = {}, [], [], Counter()
+    frames, used, tokens, lost = {}, [], [], Counter()
     for file in {item.file for item in items} & features.keys():
         x = torch.as_tensor(features[file]).float().cpu()
         require(x.ndim <= 2 and x.sum().isfinite(), f"{file}: features must be finite and [T, D]")
-        checked[file] = x if x.ndim == 2 else x[:, None]
+        x = x if x.ndim == 2 else x[:, None]
+        if distance == "angular":  # As in fastabx a frame of zeros points to (1, ..., 1).
+            x = (x / x.norm(dim=1, keepdim=True)).nan_to_num_(1 / math.sqrt(x.shape[1]))
+        frames[file] = x
     for item in items:
-        found = checked.get(item.file, [])[item.first : item.end]
-        if len(found):
+        token = frames.get(item.file, [])[item.first : item.end]
+        if len(token):
             used.append(item)
-            tokens.append(found)
-            lost["cut short at the end of their features"] += len(found) < item.end - item.first
-        elif item.file in checked:
+            tokens.append(token)
+            lost["cut short at the end of their features"] += len(token) < item.end - item.first
+        elif item.file in frames:
             lost["left out, no frame lies within them"] += 1
         else:
             lost["left out, no features of their files"] += 1
@@ -553,137 +644,90 @@ def abx_tokens(features, items, item_file):
     return used, tokens, note
 
 
-def strung(tokens, distance):
-    """The frames of these tokens, one after the other [F, D], and the tokens' lengths [N]."""
-    frames = torch.cat(tokens)
-    if distance == "angular":  # As in fastabx a frame of zeros points to (1, ..., 1).
-        frames = frames / frames.norm(dim=1, keepdim=True)
-        frames.nan_to_num_(1 / math.sqrt(frames.shape[1]))
-    return frames, np.array([len(token) for token in tokens])
-
-
 # ======== ABX: many pairs at a time ========
 
-ROWS = 8  # tokens x of a block
-CHUNK = 1 << 24  # distances of frames that a thread holds at a time
+ROWS = 16  # tokens x whose frames are compared with those of a pool in one product of matrices
+CHUNK = 1 << 23  # distances of frames that a thread holds at a time
 
 
-def align(blocks, distance):
-    """For each block the distances [2, P] of its pairs: X from Y, and Y from X.
+def distances(pools, groups, tokens, distance):
+    """Yields for each X of these groups its distances [Y] from all tokens of its pool, A and B."""
+    def strung(numbers):  # these tokens' frames, one after the other, and their lengths
+        return torch.cat([tokens[n] for n in numbers]), np.array([len(tokens[n]) for n in numbers])
 
-    A block is (frames of some tokens x [Fx, D], the tokens' lengths [X], the same of y, pairs);
-    pairs (i [P], j [P]) tells which X are compared with which Y. Pairs of like lengths, of whatever
-    block, make a batch, in which they are padded to the longest.
-    """
-    tables, pairs, size = [], [], 0
-    for x, tx, y, ty, (i, j) in blocks:
-        tables.append(DISTANCES[distance](x, y).flatten())
-        # Frames m of X and n of Y, from 0, will be flat[start + m * step + n] apart.
-        start = size + (np.cumsum(tx) - tx)[i] * len(y) + (np.cumsum(ty) - ty)[j]
-        pairs.append([start, np.full(len(i), len(y)), tx[i], ty[j]])
-        size += len(tables[-1])
-    flat = torch.cat(tables).numpy()
-    start, step, tx, ty = np.concatenate(pairs, 1)
-    found, kinds = np.empty((2, len(start)), np.float32), tx // 8 * ty.max() + ty // 8
-    for kind in np.unique(kinds):
-        some = np.flatnonzero(kinds == kind)
-        m, n = np.arange(tx[some].max())[:, None, None], np.arange(ty[some].max())[:, None]
-        table = np.empty((len(m) + 1, len(n) + 1, len(some)), np.float32)
-        table[1:, 1:] = flat.take(start[some] + m * step[some] + n, mode="clip")
-        found[:, some] = dtw(table, tx[some], ty[some])
-    return np.split(found, np.cumsum([len(start) for start, *_ in pairs])[:-1], 1)
+    def blocks():
+        for (context, who), some in groupby(groups, key=lambda group: group[:2]):
+            y = strung([n for numbers in pools[context, who].values() for n in numbers])
+            for _, _, phone, x_speaker in some:
+                x = pools[context, x_speaker][phone]
+                yield from (strung(x[i : i + ROWS]) + y for i in range(0, len(x), ROWS))
 
-
-def distances(jobs, distance):
-    """Yields for each job, two lists of tokens [T, D], the distances [X, Y] of all x from all y.
-    Where x is y, every pair is aligned only once, and a token is -inf from itself."""
-    found = in_threads(lambda blocks: align(blocks, distance), chunks(jobs, distance))
-    found = itertools.chain.from_iterable(found)  # of each block
-    for x, y in jobs:
-        d = np.full((len(x), len(y)), -np.inf, np.float32)
-        for first in range(0, len(x), ROWS):
-            i, j = compared(x, y, first)
-            there, back = next(found)
-            d[first + i, j] = there
-            if x is y:
-                d[j, first + i] = back
-        yield d
-
-
-def compared(x, y, first):
-    """Which of the tokens x[first : first + ROWS] are compared with which of y: [P], [P]."""
-    rows = min(ROWS, len(x) - first)
-    return np.triu_indices(rows, first + 1 if x is y else -rows, len(y))
-
-
-def chunks(jobs, distance):
-    """The blocks of all jobs, in lists of about CHUNK distances of frames, as align takes them."""
-    chunk, size = [], 0
-    for x, y in jobs:
-        y_frames, ty = strung(y, distance)
-        x_frames, tx = (y_frames, ty) if x is y else strung(x, distance)
-        x_at, y_at = np.append(0, tx.cumsum()), np.append(0, ty.cumsum())
-        for first in range(0, len(x), ROWS):
-            end = min(first + ROWS, len(x))
-            begin = first if x is y else 0  # in y: what comes before was compared before
-            i, j = compared(x, y, first)
-            chunk.append((x_frames[x_at[first] : x_at[end]], tx[first:end],
-                          y_frames[y_at[begin] :], ty[begin:], (i, j - begin)))
-            size += len(chunk[-1][0]) * len(chunk[-1][2])
-            if size >= CHUNK:
+    def chunks(chunk=(), size=0):
+        for block in blocks():
+            chunk, size = [*chunk, block], size + len(block[0]) * len(block[2])
+            if size > CHUNK:
                 yield chunk
                 chunk, size = [], 0
-    if chunk:
         yield chunk
+
+    for blocks_done in in_threads(partial(align, distance), chunks()):
+        yield from chain.from_iterable(blocks_done)
+
+
+def align(distance, chunk):
+    """For each block (frames of some x [Fx, D], their lengths [X], the same of y) the distances of
+    x and y, [X, Y]. Pairs of like lengths, of whatever block, are padded and aligned together."""
+    tables, pairs, size = [torch.empty(0)], [np.empty((4, 0), int)], 0
+    for x, tx, y, ty in chunk:
+        # Frame i of an x and j of a y will be at flat[first + i * row + j].
+        tables.append(distance(x, y).flatten())
+        first = size + (tx.cumsum() - tx)[:, None] * len(y) + ty.cumsum() - ty
+        pairs.append([one.ravel() for one in np.broadcast_arrays(first, len(y), tx[:, None], ty)])
+        size += len(x) * len(y)
+    flat, (first, row, tx, ty) = torch.cat(tables).numpy(), np.concatenate(pairs, 1)
+    d, kinds = np.empty(len(first), np.float32), tx // 6 * 1000 + ty // 6
+    for kind in np.unique(kinds):  # pairs whose lengths are alike, in steps of 6 frames
+        some = np.flatnonzero(kinds == kind)
+        i, j = np.arange(tx[some].max())[:, None, None], np.arange(ty[some].max())[:, None]
+        table = flat.take(first[some] + i * row[some] + j, mode="clip")
+        d[some] = dtw(table, tx[some], ty[some])
+    ends = np.cumsum([len(tx) * len(ty) for _, tx, _, ty in chunk])
+    return [part.reshape(-1, len(block[3])) for part, block in zip(np.split(d, ends), chunk)]
 
 
 def in_threads(work, jobs):
-    """Yields work(job) for each job, in order; as many threads as torch uses are at work.
-
-    Each of them works alone: to share out every small operation would cost more than it brings.
-    """
-    threads = torch.get_num_threads()
+    """Yields work(job) for each job, in order; as many threads as torch uses are at work. Each of
+    them works alone: to share out every small operation would cost more than it brings."""
+    threads, waiting = torch.get_num_threads(), deque()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            while some := list(itertools.islice(jobs, threads)):
-                yield from pool.map(work, some)
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
     finally:
         torch.set_num_threads(threads)
 
 
-# ======== the verbs features, units, abx, quality ========
+# ======== files of units and features ========
 
 
 def write_json(path, record):
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def print_row(name, *cells):
-    """A line of a table."""
-    texts = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
-    print(f"{name!s:24}", *(f"{text:>14}" for text in texts), flush=True)
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: damaged: {error}") from None
 
 
-def write_outputs(args):
-    """The verbs features and units."""
-    out, units = Path(args.out), args.verb == "units"
-    require(not out.exists(), f"{out} is there already: name another one, or remove it")
-    rows = data.read_manifest(args.audio)
-    for row in rows:
-        data.file_name(row.fileid, row.where)
-    encoder = load_encoder(args.model)
-    layer = encoder.layer(args.layer, units)
-    found = extract(rows, encoder, [layer], units, args.longest)
-    write = write_units if units else write_features
-    write(out, ((fileid, x) for fileid, (x,) in found), encoder, layer)
-    print(f"{len(rows)} files, layer {layer} of {encoder.name}, {RATE} Hz: {out}")
-
-
-def units_of(rows, encoder, layer=None):
-    """{fileid: units [T]} of a layer."""
-    found = extract(rows, encoder, [encoder.layer(layer, units=True)], units=True)
-    return {file: units.numpy() for file, (units,) in found}
+def options_of(run):
+    return read_json(Path(run, "config.json")).get("options", {})
 
 
 def about(encoder, layer):
@@ -691,27 +735,78 @@ def about(encoder, layer):
 
 
 def meta_of(path):
-    """X.meta.json, which tells whose units those in X.jsonl are."""
+    """X.meta.json, which says whose units those in X.jsonl are."""
     return Path(path).with_suffix(".meta.json")
 
 
-def write_units(path, found, encoder, layer):
-    """DiscoPhon's format. The file gets its name when it is whole."""
+def write_units(path, units, encoder, layer, deduplicated=False):
+    """Lines {"file", "units"}, DiscoPhon's format, or {"file", "units", "durations"}. The file gets
+    its name when it is whole."""
+    Path(path).unlink(missing_ok=True)
     write_json(meta_of(path), about(encoder, layer) | dict(codewords=encoder.codewords))
     part = Path(f"{path}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        for fileid, units in found:
-            file.write(json.dumps(dict(file=fileid, units=units.tolist())) + "\n")
+    with open(part, "w", encoding="utf-8") as lines:
+        for file, x in units:
+            record = dict(file=file, units=x.tolist())
+            if deduplicated:
+                record["units"], record["durations"] = (y.tolist() for y in runs(x))
+            lines.write(json.dumps(record) + "\n")
     os.replace(part, path)
 
 
-def write_features(folder, found, encoder, layer):
-    part = Path(f"{folder}.part")
-    for fileid, frames in found:
-        path = part / f"{fileid}.npy"
+def read_labels(path, name):
+    """{file: labels}, units or phones, of JSON lines {"file" or "name", NAME}, also in gzip.
+    Deduplicated ones are repeated as often as their durations say."""
+    labels = {}
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as x:
+            for record in map(json.loads, x):
+                file = record["file" if "file" in record else "name"]
+                require(file not in labels, f"{path}: {file} is there twice")
+                labels[file] = np.array(record[name])
+                if "durations" in record:
+                    labels[file] = labels[file].repeat(record["durations"])
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error) as error:
+        raise InputError(f'{path}: not JSON lines {{"file", "{name}"}}: {error!r}') from None
+    require(labels, f"{path}: empty")
+    return labels
+
+
+def read_phones(path):
+    """{file: phones, one every 10 ms}"""
+    if str(path).endswith((".jsonl", ".jsonl.gz")):
+        return read_labels(path, "phones")
+    return {file: phones for file, (phones, _) in data.read_alignments(path).items()}
+
+
+def read_units(path, like=None):
+    """-> meta, {file: units [T]}. With `like`, the meta of other units, they must be of the same
+    weights and layer; the model's name may differ, since a model may have several."""
+    units = read_labels(path, "units")
+    meta = read_json(meta_of(path)) if meta_of(path).exists() else {}
+    wanted = like or ({"frame_rate": RATE} if meta else {})
+    for key in wanted.keys() & {"hash", "layer", "frame_rate", "codewords"}:
+        value = meta.get(key)
+        require(value == wanted[key], f"{path}: {key} is {value!r}, not {wanted[key]!r}")
+    most = meta.get("codewords", 1 << 16)
+    for file, x in units.items():
+        fits = x.ndim == 1 and len(x) and x.dtype == int and 0 <= x.min() and x.max() < most
+        require(fits, f"{path}: {file}: not a list of units from 0 to {most - 1}")
+    return meta, units
+
+
+def write_features(folder, features, encoder, layer):
+    """FILEID.npy for each recording, and meta.json. The folder gets its name when it is whole."""
+    part = Path(f"{Path(folder)}.part")
+    if (part / "meta.json").exists():  # of a run that was killed, perhaps of another model
+        shutil.rmtree(part)
+    require(not part.exists(), f"{part} is there already: remove it")
+    part.mkdir(parents=True)
+    write_json(part / "meta.json", about(encoder, layer))
+    for file, frames in features:
+        path = part / f"{file}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, frames.numpy())
-    write_json(part / "meta.json", about(encoder, layer))
     os.replace(part, folder)
 
 
@@ -729,25 +824,68 @@ def read_features(folder, files):
     return features, meta
 
 
-def read_units(path, like=None):
-    """-> meta, {file: units [T]}. The meta must be as another one is, but for the name of the
-    model, since a model may have several."""
-    require(meta_of(path).exists(), f"{meta_of(path)} is not there: it says whose units they are")
-    meta = read_json(meta_of(path))
-    try:
-        records = map(json.loads, Path(path).read_text(encoding="utf-8").splitlines())
-        units = {record["file"]: np.array(record["units"]) for record in records}
-        codewords, _ = meta["codewords"], meta["model"]
-        for name in ("hash", "layer", "frame_rate", "codewords"):
-            wanted = (like or {"frame_rate": RATE}).get(name, meta[name])
-            require(meta[name] == wanted, f"{path}: {name} is {meta[name]!r}, not {wanted!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a file that 'evaluate.py units' wrote: {error}") from None
-    require(units, f"{path}: no units")
-    for file, x in units.items():
-        fits = x.ndim == 1 and len(x) and x.dtype == int and 0 <= x.min() and x.max() < codewords
-        require(fits, f"{path}: {file}: not a list of units from 0 to {codewords - 1}")
-    return meta, units
+# ======== the verbs features, units, abx, quality ========
+
+
+def print_row(name, *cells):
+    """A line of a table."""
+    texts = (f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
+    print(f"{name!s:24}", *(f"{text:>14}" for text in texts), flush=True)
+
+
+def write_outputs(args):
+    """The verbs features and units."""
+    units, phones, grids = args.verb == "units", {}, getattr(args, "textgrid", None)
+    targets = [path for path in (args.out, grids) if path]
+    require(targets, "units takes --out, --textgrid, or both")
+    for path in targets:
+        require(not Path(path).exists(), f"{path} is there already: name another one, or remove it")
+    rows = data.read_manifest(args.audio)
+    for row in rows:
+        data.file_name(row.fileid, row.where)
+    if grids and args.alignments:
+        phones = read_phones(args.alignments)
+    encoder = load_encoder(args.model)
+    layer = encoder.layer(args.layer, units)
+    frames = ((file, x[layer]) for file, x in extract(rows, encoder, [layer], units, args.longest))
+    if grids:
+        frames = with_textgrids(frames, rows, Path(grids), phones)
+    if not units:
+        write_features(args.out, frames, encoder, layer)
+    elif args.out:
+        write_units(args.out, frames, encoder, layer, args.dedupe)
+    else:
+        deque(frames, maxlen=0)  # only the TextGrids are wanted
+    print(f"{len(rows)} recordings, {args.verb} of layer {layer} of {encoder.name}, {RATE} a "
+          f"second: {', '.join(targets)}")
+
+
+def with_textgrids(units, rows, folder, phones):
+    """Passes the units on, and writes a TextGrid for each recording."""
+    for row, (file, x) in zip(rows, units):
+        path, seconds = folder / f"{file}.TextGrid", row.num_samples / data.SAMPLE_RATE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiers = {"units": intervals(x.tolist(), 1 / RATE, seconds)}
+        if file in phones:
+            tiers["phones"] = intervals(phones[file], 0.01, seconds)
+        data.write_textgrid(path, seconds, tiers)
+        yield file, x
+
+
+def intervals(labels, step, end):
+    """[(onset, offset, label)] in seconds of each run of equal labels, one every `step` seconds."""
+    boxes, at = [], 0
+    for label, repeated in groupby(labels):
+        onset, at = at, at + len([*repeated])
+        if onset * step < end:  # an alignment may be a little longer than its recording
+            boxes.append((onset * step, min(at * step, end), str(label)))
+    return boxes
+
+
+def units_of(rows, encoder, layer=None):
+    """{fileid: units [T]} of a layer."""
+    layer = encoder.layer(layer, units=True)
+    return {file: x[layer].numpy() for file, x in extract(rows, encoder, [layer], units=True)}
 
 
 def abx_by_layer(args):
@@ -765,57 +903,79 @@ def abx_by_layer(args):
     # passed over several times.
     at_once = max(1, 1_300_000 * HOP // sum(row.num_samples for row in rows))
     for some in (layers[i : i + at_once] for i in range(0, len(layers), at_once)):
-        found = dict(extract(rows, encoder, some, longest=args.longest))
-        for n, layer in enumerate(some):
-            yield layer, {file: outputs[n] for file, outputs in found.items()}
+        outputs = dict(extract(rows, encoder, some, longest=args.longest))
+        for layer in some:
+            yield layer, {file: x[layer] for file, x in outputs.items()}
 
 
 def run_abx(args):
     require(bool(args.features) != bool(args.model and args.audio),
             "abx takes --features, or --model and --audio")
     speakers = ["within", "across"] if args.speaker == "both" else [args.speaker]
-    print_row("ABX error, %", "layer", *speakers)
+    print_row("ABX error, %", "layer", *(f"{speaker} speakers" for speaker in speakers))
     records = []
     for layer, features in abx_by_layer(args):
-        found, problem = {}, None
+        scored, problem = {}, None
         for speaker in speakers:
             try:
-                found[speaker] = abx_details(
+                scored[speaker] = abx_details(
                     features, args.items, speaker, args.context, args.distance,
                     args.max_size_group, args.max_x_across, args.seed)
             except InputError as error:  # of a single speaker there is no ABX across
                 problem = error
-        if not found:
+        if not scored:
             raise problem
-        shown = (found[one]["error"] if one in found else "-" for one in speakers)
+        shown = (scored[one]["error"] if one in scored else "-" for one in speakers)
         print_row(args.model or args.features, layer, *shown)
-        records += [dict(layer=layer) | one for one in found.values()]
-    print(*found.values(), sep="\n")
-    if problem:
-        print(problem, file=sys.stderr)
+        records += [dict(layer=layer) | one for one in scored.values()]
+    last = next(iter(scored.values()))
+    print(f"{last['items']:,} items, {args.context} context, {args.distance} distance:", "; ".join(
+        f"{x['triples']:,} triples in {x['cells']:,} cells {x['speaker']} speakers"
+        for x in scored.values()))
+    for message in filter(None, (last["note"], problem)):
+        print(message, file=sys.stderr)
     if args.out:
         write_json(args.out, records)
 
 
-def read_phones(path):
-    return {file: phones for file, (phones, _) in data.read_alignments(path).items()}
+# name: (as it is shown, its factor, unit, what it means)
+MEASURES = {
+    "pnmi": ("PNMI", 100, "%", "of the information in the phones that the units carry"),
+    "phone_purity": ("phone purity", 100, "%", "of the time a unit stands for its usual phone"),
+    "cluster_purity": ("cluster purity", 100, "%", "of the time a phone gets its usual unit"),
+    "perplexity": ("perplexity", 1, "units", "in use, weighted by how often"),
+    "active": ("active", 1, "units", "that occur at all"),
+    "bitrate": ("bitrate", 1, "bit/s", "of the units without repetitions"),
+    "per": ("phone error rate", 100, "%", "of the phones; it can exceed 100"),
+    "f1": ("boundary F1", 100, "%", "of the boundaries, within 20 ms"),
+    "r_value": ("R-value", 100, "%", "of the boundaries, with a penalty for too many"),
+}
 
 
 def run_quality(args):
-    header, units = read_units(args.units)
-    found = quality(units, read_phones(args.alignments), header["codewords"])
-    print(f"units of layer {header['layer']} of {header['model']}; bitrate in bit/s")
-    for name, value in found.items():
-        print_row(name, float(value))
+    meta, units = read_units(args.units)
+    measures = quality(units, read_phones(args.alignments), meta.get("codewords"), args.track)
+    if meta:
+        print(f"units of layer {meta['layer']} of {meta['model']}, {args.track}")
+    for name, value in measures.items():
+        shown, factor, unit, meaning = MEASURES[name]
+        print(f"{shown:18}{factor * value:10.2f} {unit:6} {meaning}")
     if args.out:
-        write_json(args.out, header | found)
+        write_json(args.out, meta | dict(track=args.track) | measures)
 
 
 # ======== the verb discophon ========
 
-PUBLISHED = """published, SpidR of 20 VoxPopuli languages adapted with 0, 10 min, 1 h, 10 h, mean of
-the test languages: ABX of units, layer 6: 13.30 10.54 9.59 9.09; of features: 6.57 6.24 5.53 5.09;
-PNMI, layer 7: 59.8 64.1 65.4 65.6"""
+# The benchmark's languages, six for development and six for the test, and their phones without SIL.
+LANGUAGES = {"deu": 41, "swa": 29, "tam": 29, "tha": 40, "tur": 27, "ukr": 35,
+             "cmn": 42, "eng": 39, "eus": 29, "fra": 34, "jpn": 42, "wol": 39}
+SPLITS = "train-10min train-1h train-10h dev test".split()
+PUBLISHED = """published by the benchmark's authors, means of the six test languages, in %:
+SpidR, 20 VoxPopuli languages, adapted to        0   10 min   1 h   10 h
+    ABX of units within triphones, layer 6   13.30    10.54   9.59   9.09
+    ABX of features, layer 6                  6.57     6.24   5.53   5.09
+    PNMI, layer 7                             59.8     64.1   65.4   65.6
+docs/evaluation.md has the leaderboard"""
 ABX_COLUMNS = "units within", "units across", "features within", "features across"
 
 
@@ -825,51 +985,56 @@ def run_discophon(args):
     layer = encoder.layer(args.layer, units=True)
     there = sorted(path.parent.name for path in root.glob(f"audio/*/{args.split}"))
     languages = args.languages.split(",") if args.languages else there
-    missing = ", ".join(sorted({*languages} - {*there}))
+    missing, others = sorted({*languages} - {*there}), sorted({*there} - {*LANGUAGES})
     require(languages and not missing,
-            f"{root}: no audio/CODE/{args.split}{' of ' * bool(missing)}{missing}")
+            f"{root}: no audio/CODE/{args.split}{' of ' * bool(missing)}{', '.join(missing)}")
+    require(args.languages or not others, f"{root}: {', '.join(others)} is not a language of "
+            "DiscoPhon; to score it all the same, name it with --languages")
     out.mkdir(parents=True, exist_ok=True)
-    columns = "pnmi", "per", "f1", "r_value", *ABX_COLUMNS
-    print_row(f"layer {layer}", *columns)
+    columns = ["pnmi", "per", "f1", "r_value", *ABX_COLUMNS[: None if args.track == MANY else 0]]
+    print_row(f"layer {layer}, all in %", *(MEASURES.get(name, [name])[0] for name in columns))
     results = {}
     for code in languages:
         results[code] = discover(root, out, encoder, layer, code, args)
         print_row(code, *(results[code].get(name, "-") for name in columns))
-    results["mean"] = {name: fmean(found[name] for found in results.values()) for name in columns
-                       if all(name in found for found in results.values())}
+    results["mean"] = {name: fmean(row[name] for row in results.values()) for name in columns
+                       if all(name in row for row in results.values())}
     print_row("mean", *(results["mean"].get(name, "-") for name in columns))
-    write_json(out / f"discophon-{args.split}.json", about(encoder, layer) | dict(results=results))
+    write_json(out / f"discophon-{args.split}.json",
+               about(encoder, layer) | dict(track=args.track, results=results))
     print(PUBLISHED)
 
 
 def discover(root, out, encoder, layer, code, args):
-    """The measures of one language, in percent but for the R-value."""
-    name, found = f"{code}-{args.split}", {}
+    """The measures of one language, in percent."""
+    name, measures = f"{code}-{args.split}", {}
+    if args.track != MANY and code in LANGUAGES:
+        require(encoder.codewords == LANGUAGES[code] + 1, f"one-to-one: {code} has "
+                f"{LANGUAGES[code]} phones and silence, {encoder.name} {encoder.codewords} units")
     rows = data.read_manifest(root / "audio" / code / args.split)
     units = units_of(rows, encoder, layer)
     write_units(out / f"units-{name}.jsonl", units.items(), encoder, layer)
     alignment, items = (root / "alignment" / f"alignment-{name}.txt",
                         root / "item" / f"triphone-{name}.item")
     if alignment.exists():
-        measures = quality(units, read_phones(alignment), encoder.codewords)
-        found = {key: 100 * measures[key] for key in ("pnmi", "per", "f1")}
-        found["r_value"] = measures["r_value"]
-    if items.exists():
+        of_units = quality(units, read_phones(alignment), encoder.codewords, args.track)
+        measures = {key: 100 * of_units[key] for key in ("pnmi", "per", "f1", "r_value")}
+    if items.exists() and args.track == MANY:
         files = {item.file for item in read_items(items)}
         rows = [row for row in rows if row.fileid in files]
-        frames = {file: x for file, (x,) in extract(rows, encoder, [layer])}
+        frames = {file: x[layer] for file, x in extract(rows, encoder, [layer])}
         if args.keep_features:
             write_features(out / f"features-{name}", frames.items(), encoder, layer)
         for kind, features, distance in (("units", units, "identity"),
                                          ("features", frames, "angular")):
             for speaker in "within", "across":
-                found[f"{kind} {speaker}"] = abx(
+                measures[f"{kind} {speaker}"] = abx(
                     features, items, speaker, distance=distance,
                     max_size_group=args.max_size_group, max_x_across=args.max_x_across)
     for path in alignment, items:
         if not path.exists():
             print(f"{path} is not there", file=sys.stderr)
-    return found
+    return measures
 
 
 # ======== training the language model ========
@@ -906,14 +1071,14 @@ LM_PRESETS = {"opt125m": {}, "tiny": dict(
     warmup_steps=200, decay_steps=1_800)}
 
 
-def lm_batch(sequences, boundary, o, number):
+def lm_batch(sequences, boundary, options, number):
     """Micro-batch `number`, a function of (seed, number): [B, T + 1], padded with -1. The sequences
     are sorted by length. The batch has a random one and those after it, as many as fit. Each stands
     between two boundaries. What is longer than the context is cropped at random."""
-    rng, rows = np.random.default_rng([o.seed, number]), []
+    rng, rows = np.random.default_rng([options.seed, number]), []
     for units in sequences[rng.integers(len(sequences)) :]:
-        length = min(len(units) + 1, o.context)
-        if rows and (len(rows) + 1) * length > o.batch_tokens:
+        length = min(len(units) + 1, options.context)
+        if rows and (len(rows) + 1) * length > options.batch_tokens:
             break
         start = rng.integers(len(units) + 2 - length)
         crop = np.append(units, boundary)[start : start + length]
@@ -940,53 +1105,62 @@ def lm_step(lm, optimizer, micro_batches, lr, options, ranks):
 
 def train_lm(arguments):
     # ======== options, setup ========
-    o, _ = pretrain.parse_options(LMOptions, LM_PRESETS, argv=arguments)
-    require(o.units, "lm needs --units, a file that 'evaluate.py units' writes")
-    pretrain.check_numbers(o)
-    require(min(o.layers, o.dim, o.heads, o.context) > 0 and o.dim % o.heads == 0
-            and 0 <= o.dropout < 1, "sizes are positive, dim a multiple of heads, dropout under 1")
-    place = pretrain.setup(o)
-    torch.manual_seed(o.seed)
+    options, _ = pretrain.parse_options(LMOptions, LM_PRESETS, argv=arguments)
+    require(options.units, "lm needs --units, a file that 'evaluate.py units' writes")
+    pretrain.check_numbers(options)
+    require(min(options.layers, options.dim, options.heads, options.context) > 0
+            and options.dim % options.heads == 0, "sizes are positive, dim a multiple of heads")
+    ranks = pretrain.setup(options)
+    torch.manual_seed(options.seed)
 
     # ======== data, model, optimizer ========
-    header, units = read_units(o.units)
+    header, units = read_units(options.units)
+    require({"hash", "layer", "codewords", "model"} <= header.keys(),
+            f"{meta_of(options.units)} is missing or incomplete: it says whose units they are")
     sequences = sorted(map(dedupe, units.values()), key=len)
-    valid = list(read_units(o.valid, like=header)[1].values()) if o.valid else []
-    sizes = dict(codewords=header["codewords"], layers=o.layers, dim=o.dim, heads=o.heads,
-                 context=o.context)
-    lm = UnitLM(**sizes, dropout=o.dropout).to(place.device)
-    optimizer = pretrain.make_optimizer(lm, o)
+    valid = list(read_units(options.valid, like=header)[1].values()) if options.valid else []
+    names = "layers", "dim", "heads", "context"
+    sizes = {name: getattr(options, name) for name in names} | dict(codewords=header["codewords"])
+    lm = UnitLM(**sizes, dropout=options.dropout).to(ranks.device)
+    optimizer = pretrain.make_optimizer(lm, options)
 
     # ======== resume ========
     trained = header | dict(utterances=len(units), tokens=sum(map(len, sequences)))
-    first, totals = pretrain.resume(pretrain.open_run(o, lm, place, about=trained), lm, optimizer)
-    if first >= o.steps:
-        return pretrain.finished(o, place)
-    log, stop = pretrain.Log(o, place, o.steps, first, totals), pretrain.Stop(place)
+    first, totals = pretrain.resume(
+        pretrain.open_run(options, lm, ranks, about=trained), lm, optimizer)
+    if first >= options.steps:
+        return pretrain.finished(options, ranks)
+    log, stop = pretrain.Log(options, ranks, options.steps, first, totals), pretrain.Stop(ranks)
 
     # ======== loop ========
-    for step in range(first, o.steps):
-        pretrain.seed_step(o.seed, step, place.rank)
+    for step in range(first, options.steps):
+        pretrain.seed_step(options.seed, step, ranks.rank)
         done = step + 1
-        micro_batches = [lm_batch(sequences, lm.boundary, o, i * place.world + place.rank)
-                         for i in range(step * o.accumulate, done * o.accumulate)]
-        log.add(lm_step(lm.train(), optimizer, micro_batches, pretrain.lr_at(step, o), o, place))
+        micro_batches = [lm_batch(sequences, lm.boundary, options, i * ranks.world + ranks.rank)
+                         for i in range(step * options.accumulate, done * options.accumulate)]
+        rate = pretrain.lr_at(step, options)
+        log.add(lm_step(lm.train(), optimizer, micro_batches, rate, options, ranks))
         pretrain.end_of_step(
-            done, o, place, optimizer, log, stop,
-            lambda: {"valid_loss": -torch.tensor([score_units(lm, x) for x in valid]).mean()}
-            if valid else {},
+            done, options, ranks, optimizer, log, stop, lambda: validate_lm(lm, valid),
             lambda: dict(state=lm.state_dict(), lm=sizes, units=header))
-    if place.first:
-        print(f"{o.out}: {o.steps} steps, loss {log.record['loss']:.3f}")
-        print(f"next: python evaluate.py swuggy --lm {o.out} --model {header['model']} --data DIR")
+    if ranks.first:
+        print(f"{options.out}: {options.steps} steps, loss {log.record['loss']:.3f}")
+        print(f"next: python evaluate.py swuggy --lm {options.out} --model {header['model']} "
+              "--data DIR")
+
+
+def validate_lm(lm, units):
+    if not units:
+        return {}
+    return {"valid_loss": -torch.tensor([score_units(lm, x) for x in units]).mean()}
 
 
 def load_lm(path, device=DEVICE):
     """The language model, and the header of the units that it was trained on."""
-    path, checkpoint = spidr.read_checkpoint(path)
+    path, checkpoint = read_checkpoint(path)
     require("lm" in checkpoint and "units" in checkpoint,
             f"{path}: not a language model; 'evaluate.py lm' trains one")
-    lm = spidr.load_state(UnitLM(**checkpoint["lm"]), checkpoint["model"], path)
+    lm = load_state(UnitLM(**checkpoint["lm"]), checkpoint["model"], path)
     return lm.eval().to(device), checkpoint["units"]
 
 
@@ -1062,25 +1236,14 @@ def run_pairs(args):
     scores = {name: score_units(lm, units[name]) for name in names}
     results = accuracies(pairs, scores)
     print_row(f"{args.verb} by {args.lm}", "accuracy, %", "pairs")
-    for group, found in results.items():
-        print_row(group, found["accuracy"], found["pairs"])
+    for group, row in results.items():
+        print_row(group, row["accuracy"], row["pairs"])
     if args.out:
         path = Path(args.out, task, "dev.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{name} {scores[name]:.6f}\n" for name in names))
         write_json(Path(args.out, f"{args.verb}.json"), dict(lm=args.lm, **header, results=results))
     return results
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: damaged: {error}") from None
-
-
-def options_of(run):
-    return read_json(Path(run, "config.json")).get("options", {})
 
 
 # ======== command line ========
@@ -1098,31 +1261,35 @@ OPTIONS = {
     "--features": dict(help="a folder of .npy files [T, D], instead of model and audio"),
     "--items": dict(help="an item file"),
     "--units": dict(help="as 'units' writes them; of pairs' wav files: instead of --model"),
-    "--alignments": dict(help="CSV fileid,phones,language: a phone every 10 ms; or intervals"),
+    "--alignments": dict(help="the phones: CSV fileid,phones,language; intervals; or JSON lines"),
     "--lm": dict(help="a run's folder or a checkpoint of 'lm'"),
     "--data": dict(help="wav files and gold.csv, for tsc ID_correct.wav and ID_incorrect.wav"),
     "--layer": dict(type=positive, help="from 1 [the second with a codebook; abx: all]"),
     "--longest": dict(type=positive, default=60, help="seconds; above them in windows [60]"),
+    "--dedupe": dict(action="store_true", help="units without repetitions, and their durations"),
+    "--textgrid": dict(help="a folder for a TextGrid of each recording, for Praat or ELAN"),
+    "--track": dict(choices=[*PHONE_OF], default=MANY, help="whether units may share a phone"),
     "--speaker": dict(choices=["within", "across", "both"], default="both"),
     "--context": dict(choices=["within", "any"], default="within"),
     "--distance": dict(choices=[*DISTANCES], default="angular"),
     "--max-size-group": dict(type=positive, help="tokens of a phone, 10 in ZeroSpeech [all]"),
     "--max-x-across": dict(type=positive, help="speakers of X, 5 in ZeroSpeech [all]"),
     "--languages": dict(help="codes, separated by commas [all that are there]"),
-    "--split": dict(default="test", help="of DiscoPhon's audio [test]"),
+    "--split": dict(choices=SPLITS, default="test", help="of DiscoPhon's audio [test]"),
     "--keep-features": dict(action="store_true", help="write the features too"),
     "--seed": dict(type=int, default=0, help="of that choice [0]"),
     "--out": dict(help="a folder; units: JSONL, abx, quality: JSON"),
 }
 # Each verb's function and options; those with ! are needed.
-OUTPUTS = write_outputs, "--model! --audio! --out! --layer --longest"
 PAIRS = run_pairs, "--lm! --data! --model --units --out"
 VERBS = {
-    "features": OUTPUTS, "units": OUTPUTS,
+    "features": (write_outputs, "--model! --audio! --out! --layer --longest"),
+    "units": (write_outputs, "--model! --audio! --out --layer --longest --dedupe --textgrid "
+                             "--alignments"),
     "abx": (run_abx, "--items! --model --audio --features --layer --longest --speaker --context "
                      "--distance --max-size-group --max-x-across --seed --out"),
-    "quality": (run_quality, "--units! --alignments! --out"),
-    "discophon": (run_discophon, "--model! --data! --out! --languages --split --layer "
+    "quality": (run_quality, "--units! --alignments! --track --out"),
+    "discophon": (run_discophon, "--model! --data! --out! --languages --split --layer --track "
                                  "--max-size-group --max-x-across --keep-features"),
     "lm": (None, ""),
     **dict.fromkeys(TASKS, PAIRS),
@@ -1146,10 +1313,10 @@ def main():
     if sys.argv[1:2] == ["lm"]:  # its options are a dataclass, like those of the training scripts
         return train_lm(sys.argv[2:])
     args = parse()
-    if getattr(args, "out", None):  # what cannot be written is told before the work
+    if getattr(args, "out", None):  # a path that cannot be written is refused before the work
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     args.function(args)
 
 
 if __name__ == "__main__":
-    spidr.run(main)
+    run(main)

@@ -1,7 +1,7 @@
 """SpidR: the network, its losses, its codebooks and its teacher.
 
-    python model.py [tiny|small|base]     prints the network: shapes for a second of audio, parameters
-    python model.py released              lists the released models, which load by their names
+    python model.py [tiny|small|base]    prints the network: shapes, parameters
+    python model.py released             lists the released models, which load by their names
 
 Papers: SpidR, arXiv 2512.20308; SpidR-Adapt, arXiv 2512.21204.
 

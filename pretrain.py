@@ -52,7 +52,7 @@ from model import (
 class RunOptions:
     """What every run has."""
 
-    preset: str = option("", "base, small or tiny; by default --init's, or tiny on the toy world, or base")
+    preset: str = option("", "base, small or tiny; else --init's, tiny on the toy world, or base")
     out: str = option("runs/pretrain", "the run's folder")
     seed: int = option(0, "of the weights, the order, the crops, the masks and dropout")
     device: str = option("", "cuda, cuda:1, mps or cpu; unless given the best there is")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import gzip
 import http.server
 import importlib
 import inspect
@@ -941,8 +942,9 @@ def test_codewords_begin_as_targets():
 
 
 def test_the_front_end_learns_log_mel_spectra(toy):
+    torch.manual_seed(0)
     options = pretrain.Options(mel_steps=30, batch_samples=32_000, max_samples=32_000)
-    model = formula_model(norm="group_norm")
+    model = SpidR(Config(**networks.PRESETS["tiny"]))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     batches = data.Batches(data.read_manifest(toy / "train.csv"), model.config, options)
     first, last = pretrain.fit_front_end(model, batches, options, ONE)
@@ -1532,22 +1534,33 @@ def test_abx_equals_fastabx(tmp_path, distance):
     assert found == pytest.approx([100 * error for error in GOLDEN_ABX[distance]], abs=1e-2)
 
 
-def token_distance(x, y):
+FRAME_DISTANCES = {"euclidean": torch.cdist, "identity": lambda x, y: x != y[:, 0]}  # [Fx, Fy]
+
+
+def token_distance(x, y, distance):
     """Of the best path from the first frames to the last: its cost, divided by its length."""
+    table = FRAME_DISTANCES[distance](x, y).tolist()
     best = {(-1, -1): (0.0, 0)}
     for i, j in itertools.product(range(len(x)), range(len(y))):
         cells = (i - 1, j - 1), (i, j - 1), (i - 1, j)
         before = [best.get(cell, (math.inf, 0)) for cell in cells]
         cost, length = min(before, key=lambda one: one[0])  # the first of equal ones
-        best[i, j] = cost + float((x[i] - y[j]).norm()), length + 1
+        best[i, j] = cost + table[i][j], length + 1
     cost, length = best[len(x) - 1, len(y) - 1]
     return cost / length
 
 
+@pytest.mark.parametrize("distance", FRAME_DISTANCES)
 @pytest.mark.parametrize("speaker, context", ABX_MODES)
-def test_abx_is_its_definition(tmp_path, speaker, context):
+def test_abx_is_its_definition(tmp_path, speaker, context, distance):
     features, items, tokens = abx_world(tmp_path, items=48)
-    d = [[token_distance(x[3], y[3]) for y in tokens] for x in tokens]
+    head, *lines = items.read_text().splitlines()  # The second speaker lacks a context.
+    lines, tokens = zip(*[pair for pair in zip(lines, tokens) if pair[1][1:3] != (1, 1)])
+    items.write_text("\n".join([head, *lines]))
+    if distance == "identity":
+        features = {file: x[:, :1].round() for file, x in features.items()}
+        tokens = [(*token, x[:, :1].round()) for *token, x in tokens]
+    d = [[token_distance(x[3], y[3], distance) for y in tokens] for x in tokens]
     cells = defaultdict(lambda: defaultdict(list))  # {(A, B, speaker): {(context, speaker of X)}}
     for (i, a), (j, b), (k, x) in itertools.product(enumerate(tokens), repeat=3):
         contexts, speakers = {a[1], b[1], x[1]}, (a[2] == x[2]) == (speaker == "within")
@@ -1559,8 +1572,15 @@ def test_abx_is_its_definition(tmp_path, speaker, context):
     for (a, b, _), groups in cells.items():
         shares = [np.mean(cell) for cell in groups.values()]
         pairs[a, b] += [np.mean(shares)] if context == "within" else shares
-    found = evaluate.abx(features, items, speaker, context, distance="euclidean")
+    found = evaluate.abx(features, items, speaker, context, distance=distance)
     assert found == pytest.approx(100 * np.mean([np.mean(x) for x in pairs.values()]), abs=1e-3)
+
+
+def test_equations_stand_at_the_lines_that_compute_them():
+    for number, functions in (
+            ("# (13)", (evaluate.dtw, evaluate.errors, evaluate.abx_details)),
+            ("# (14)", (evaluate.information, evaluate.phone_error_rate, evaluate.boundaries))):
+        assert all(number in inspect.getsource(function) for function in functions)
 
 
 def test_abx_subsampled(tmp_path):
@@ -1616,6 +1636,119 @@ def test_quality_by_its_definitions():
         evaluate.quality(units, phones | {"c": phones["c"] + ["x"] * 7})
 
 
+def discovery_world(files=3, frames=60):
+    """Units and phones whose numbers DiscoPhon gave: repetitions, ties of equally frequent phones,
+    boundaries midway between two others, a few phones more or fewer than units."""
+    units, phones = {}, {}
+    for f in range(files):
+        units[f"f{f}"] = [(i * i // 7 + i // 3 + f) % 11 for i in range(frames + f)]
+        phones[f"f{f}"] = [f"p{(i * i // 97 + i // (7 + f)) % 10}"
+                           for i in range(2 * frames + 3 * f)]
+    return units, phones
+
+
+# from discophon.evaluate import phoneme_discovery  # 0.2.0
+# phoneme_discovery(*discovery_world(FILES, FRAMES), kind=TRACK, n_units=11, n_phonemes=10)
+GOLDEN_DISCOVERY = {  # (track, files, frames): PNMI, PER, F1, R-value
+    ("many-to-one", 3, 60): (0.0570397229, 0.7266666667, 0.5542168675, 0.5666739351),
+    ("one-to-one", 3, 60): (0.0570397229, 0.6966666667, 0.6753246753, 0.6641262891),
+    ("many-to-one", 1, 21): (0.5121099896, 0.6500000000, 0.7500000000, 0.7387723358),
+    ("one-to-one", 1, 21): (0.5121099896, 0.7000000000, 0.8108108108, 0.8356730008),
+}
+
+
+@pytest.mark.parametrize("track, files, frames", GOLDEN_DISCOVERY)
+def test_quality_equals_discophon(track, files, frames):
+    found = evaluate.quality(*discovery_world(files, frames), codewords=11, track=track)
+    assert [found[name] for name in ("pnmi", "per", "f1", "r_value")] == pytest.approx(
+        GOLDEN_DISCOVERY[track, files, frames], abs=1e-9)
+
+
+def test_one_to_one_is_the_best_assignment():
+    """Of all assignments of 6 units to 6 phones, on random counts with ties."""
+    for seed in range(10):
+        table = np.random.default_rng(seed).integers(0, 4, (6, 6))
+        best = max(table[list(rows), range(6)].sum() for rows in itertools.permutations(range(6)))
+        rows = evaluate.assignment(table)
+        assert sorted(rows) == [*range(6)] and table[rows, range(6)].sum() == best
+    complains("3 phones, silence included, for 2 units", evaluate.one_to_one, np.ones((3, 2)), 2)
+
+
+def test_units_as_people_use_them(toy, reference, cli):
+    """Deduplicated units, TextGrids, JSON lines as other projects write them."""
+    audio, table = toy / "eval/goxi", toy / "eval/goxi_alignments.csv"
+    units = evaluate, "units", "--model", reference, "--audio", audio
+    assert cli(*units, "--out", "u.jsonl")[0] == 0
+    assert cli(*units, "--out", "d.jsonl", "--dedupe")[0] == 0
+    assert cli(*units, "--textgrid", "grids", "--alignments", table)[0] == 0
+    refused(cli(*units), "--textgrid")
+    refused(cli(*units, "--textgrid", "grids"), "grids is there already")
+    (_, plain), (_, expanded) = map(evaluate.read_units, ("u.jsonl", "d.jsonl"))
+    same(*({file: torch.tensor(x) for file, x in u.items()} for u in (plain, expanded)))
+    for line in map(json.loads, open("d.jsonl")):
+        assert [(unit, len([*run])) for unit, run in itertools.groupby(plain[line["file"]])] == [
+            *zip(line["units"], line["durations"])]
+    encoder = evaluate.load_encoder(reference)
+    evaluate.write_units("r.jsonl", [("a", np.array([1, 1, 2]))], encoder, 2, deduplicated=True)
+    assert json.loads(Path("r.jsonl").read_text()) == dict(file="a", units=[1, 2], durations=[2, 1])
+    assert evaluate.read_units("r.jsonl")[1]["a"].tolist() == [1, 1, 2]
+    file, x = next(iter(plain.items()))
+    wav = data.read_audio(next(row.path for row in data.read_manifest(audio) if row.fileid == file))
+    short, durations = evaluate.units_and_durations(encoder, wav)
+    assert np.array_equal(short.repeat(durations), x)
+    grid = Path(f"grids/{file}.TextGrid").read_text()
+    phones = evaluate.read_phones(table)
+    assert grid.count("IntervalTier") == 2 and f"xmax = {len(wav) / 16000}" in grid
+    assert [*map(int, re.findall(r'text = "(\d+)"', grid))] == short.tolist()
+    assert evaluate.intervals("aab", 0.01, 0.025) == [(0, 0.02, "a"), (0.02, 0.025, "b")]
+    # JSON lines {"name", ...} without meta.json, and in gzip
+    with gzip.open("p.jsonl.gz", "wt") as lines:
+        for name, labels in phones.items():
+            lines.write(json.dumps(dict(name=name, phones=list(labels))) + "\n")
+    Path("x.jsonl").write_text(Path("u.jsonl").read_text().replace('"file"', '"name"'))
+    results = []
+    for units, alignments in ("u.jsonl", table), ("x.jsonl", "p.jsonl.gz"):
+        code, out, err = cli(evaluate, "quality", "--units", units, "--alignments", alignments,
+                             "--out", "q.json")
+        assert code == 0 and re.search(r"PNMI +\d+\.\d\d % ", out), err
+        results.append(json.loads(Path("q.json").read_text()))
+    assert results[0]["pnmi"] == results[1]["pnmi"] and results[0]["per"] == results[1]["per"]
+    refused(cli(evaluate, "lm", "--units", "x.jsonl", "--out", "lm"), "x.meta.json is missing")
+    Path("x.jsonl").write_text('{"file": "a", "units": [1]}\n{"units": [1]}\n')
+    refused(cli(evaluate, "quality", "--units", "x.jsonl", "--alignments", table), "x.jsonl: not")
+
+
+def test_quality_says_which_files_do_not_count(capsys):
+    units, phones = discovery_world(3)
+    assert evaluate.quality(units | {"u": [1]}, phones | {"v": ["x"], "w": ["x"]}) == (
+        evaluate.quality(units, phones))
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["quality: 3 files count; 1 files without phones and 2 without units are left "
+                    "out"]
+
+
+def test_features_of_a_killed_run_are_not_taken_over(cli, toy, reference, monkeypatch):
+    make = evaluate, "features", "--audio", toy / "eval/goxi", "--out", "f", "--model"
+    save, calls = np.save, itertools.count()
+
+    def killed(*args):
+        save(*args)
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "save", killed)
+        encoder = evaluate.load_encoder("mfcc")
+        evaluate.write_features("f", [("gone", torch.ones(2, 3)), ("b", torch.ones(2, 3))],
+                                encoder, 1)
+    assert Path("f.part/gone.npy").exists()
+    assert cli(*make, reference)[0] == 0
+    assert not Path("f/gone.npy").exists() and not Path("f.part").exists()
+    Path("f").rename("g")
+    Path("f.part").mkdir()
+    refused(cli(*make, reference), "f.part is there already")
+
+
 def test_phoneme_discovery():
     assert evaluate.edit_distance([*"kitten"], np.array([*"sitting"])) == 3
     # Of f the units' first boundary comes 20 ms late, their second 40 ms.
@@ -1641,6 +1774,9 @@ def test_discophon(toy, reference, cli):
     assert [row.fileid for row in rows] == [*phones] and data.check_audio(rows, 2000)
 
     verb = "discophon", "--model", reference, "--data", disco, "--out", "d", "--layer", 2
+    refused(cli(evaluate, *verb), "goxi, juthe, wytsa is not a language of DiscoPhon")
+    refused(cli(evaluate, *verb, "--split", "valid"), "invalid choice: 'valid'")
+    verb = *verb, "--languages", ",".join(toy_world.TARGETS)
     code, out, err = cli(evaluate, *verb, "--max-size-group", 5)
     found = json.loads(Path("d/discophon-test.json").read_text())["results"]
     assert code == 0 and found.keys() == {*toy_world.TARGETS, "mean"} and "13.30" in out, err
@@ -1660,6 +1796,10 @@ def test_discophon(toy, reference, cli):
     code, out, err = cli(evaluate, *verb, "goxi")
     assert code == 0 and "-" in out.splitlines()[1].split() and err.count("is not there") == 2
     refused(cli(evaluate, *verb, "goxi,xyz"), "no audio/CODE/test of xyz")
+    Path("some/audio/goxi").rename("some/audio/wol")
+    refused(cli(evaluate, *verb, "wol", "--track", "one-to-one"),
+            "wol has 39 phones and silence")
+    Path("some/audio/wol").rename("some/audio/goxi")
     Path("gap.txt").write_text("#file onset offset #phone\na 0 0.5 x\na 0.6 0.7 y\n")
     complains("gap.txt: a: a gap or an overlap at 0.6", data.read_alignments, "gap.txt")
 
@@ -1705,13 +1845,13 @@ def test_a_fileid_stays_in_its_folder(cli, fileid):
 
 def test_windows_tile_a_long_recording(tmp_path):
     def means(wav):  # a layer that sees no more than the 400 samples of a frame
-        return [wav.unfold(0, 400, 320).mean(1)]
+        return {1: wav.unfold(0, 400, 320).mean(1)}
 
     noise = np.random.default_rng(0).normal(size=90_001) / 10
     soundfile.write(tmp_path / "a.wav", noise, 16000)
     rows, encoder = data.read_manifest(tmp_path), evaluate.Encoder("", "", 1, 0, 0, means)
     whole, cut = (dict(evaluate.extract(rows, encoder, [1], longest=n))["a"] for n in (60, 2))
-    assert torch.equal(whole[0], cut[0])
+    assert torch.equal(whole[1], cut[1])
     for samples in (60 * 16000, 61 * 16000 + 7, 200 * 16000 - 1):
         frames = []
         for begin, end, keep in evaluate.windows(samples, 60):
@@ -1722,14 +1862,14 @@ def test_windows_tile_a_long_recording(tmp_path):
 
 def test_baselines():
     wav = data.standardise(torch.sin(torch.arange(16000) ** 1.5 / 500))
-    assert evaluate.mfcc(wav)[0].shape == (50, 39)
+    assert evaluate.mfcc(wav)[1].shape == (50, 39)
     click = torch.zeros(16000)
     click[320 * 20 + 160] = 1  # the centre of frame 20
-    energy = evaluate.mfcc(click)[0][:, 0]
+    energy = evaluate.mfcc(click)[1][:, 0]
     assert energy.argmax() == 20 and torch.allclose(energy[19], energy[21], atol=1e-3)
     encoder = evaluate.baseline("hubert_base", "cpu", pretrained=False)
     outputs = encoder.encode(wav)
-    assert len(outputs) == encoder.layers and outputs[0].shape == (49, 768)
+    assert [*outputs] == [*range(1, 13)] and outputs[6].shape == (49, 768)
 
 
 # ======== evaluation: the language model ========
@@ -1880,7 +2020,7 @@ def test_gold_csv(trained, tmp_path):
 def test_pairs_from_audio(trained, tmp_path, monkeypatch):
     """tSC from wav files, by an encoder that makes a unit of nothing but time."""
     def units(wav):
-        return [torch.arange(len(wav) // 320 - 1) % 2] * 3
+        return dict.fromkeys((2, 3, 4), torch.arange(len(wav) // 320 - 1) % 2)
 
     encoder = evaluate.Encoder("M", "0f", 4, 3, 8, None, units)
     monkeypatch.setattr(evaluate, "load_encoder", lambda name: encoder._replace(hash=name))
@@ -1939,7 +2079,8 @@ def small_presets(toy, tmp_path, monkeypatch):
 def test_the_readme_s_commands_run(cli, toy, small_presets):
     """All of them, in their order, in a folder that has what they name."""
     Path("phonetic").mkdir()
-    for pair in ("audio train, librilight train/nore, recordings target/goxi, lexical lm/lexical, "
+    for pair in ("audio train, french_audio train/nore, librilight train/nore, "
+                 "recordings target/goxi, lexical lm/lexical, "
                  " syntactic lm/syntactic, tsc lm/tsc, dev-clean.item "
                  "eval/goxi.item, phones.csv train_alignments.csv, phonetic/dev-clean eval/goxi, "
                  "DISCOPHON discophon, mine.txt target/goxi_alignments.csv").split(", "):
@@ -1948,12 +2089,18 @@ def test_the_readme_s_commands_run(cli, toy, small_presets):
     for name in "foblo_ssl_sl", "spidr_base":  # a path goes before a released model's name
         Path(name).symlink_to("runs/pretrain")
 
-    lines = [x for x in (HERE / "README.md").read_text().splitlines() if x.startswith("    ")]
-    others = "test_smoke|extras/experiments|extras/speed"  # have tests of their own
-    command = re.compile(rf"(?:python|=\S+|:29500) (?!{others})([\w/]+)\.py\b([^#]*)")
+    pages = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+    lines = [x for page in pages for x in page.read_text().splitlines() if x.startswith("    ")]
+    others = "test_smoke|extras/(?:experiments|speed|corpora|speech|minimal)"  # have own tests
+    command = re.compile(rf"(?:python|=\S+|:29500) (?!{others})([\w/]+)\.py\b([^#&]*)")
     found = [match for line in lines for match in command.findall(line)]
     assert len(found) > 25
-    for script, text in found:
+    for script, text in dict.fromkeys(found):  # a command that stands on two pages runs once
+        for out in re.findall(r"(?:--out|--textgrid|manifest \S+) (\S+)", text):
+            if Path(out).is_file():  # of another page
+                Path(out).unlink()
+            elif not out.startswith("runs/"):
+                shutil.rmtree(out, ignore_errors=True)
         text = re.sub(r"--(compile|accumulate \d+|steps \d+)", "", text)
         for written, here in (
             ("--languages wol", "--languages goxi"), ("/wol/", "/goxi/"),
@@ -2187,7 +2334,7 @@ def as_spidr(tensors):
 
 
 @pytest.fixture
-def page(float64):
+def one_page(float64):
     """extras/minimal.py, a model of it, a batch, and the same model as a SpidR."""
     minimal = importlib.import_module("extras.minimal")
     torch.manual_seed(0)
@@ -2215,9 +2362,9 @@ def of_scripts(batch, **more):
     return o, dict(wav=wav, mask=mask, phones=phones, language="0")
 
 
-def test_minimal_takes_the_same_training_step(page, monkeypatch):
+def test_minimal_takes_the_same_training_step(one_page, monkeypatch):
     """The same loss, gradients and weights, and labels, as the codebooks show, and teacher."""
-    minimal, model, batch, twin = page
+    minimal, model, batch, twin = one_page
     o, same_batch = of_scripts(batch)
     losses, descend = [], minimal.descend
     monkeypatch.setattr(minimal, "descend", lambda optimizer, loss: (
@@ -2233,9 +2380,9 @@ def test_minimal_takes_the_same_training_step(page, monkeypatch):
     same(state, twin.state_dict(), 1e-6)
 
 
-def test_minimal_moves_phi_as_meta_train_does(page, monkeypatch):
+def test_minimal_moves_phi_as_meta_train_does(one_page, monkeypatch):
     """Two meta-updates of two workers, with fresh codebooks and heads by a formula."""
-    minimal, model, batch, twin = page
+    minimal, model, batch, twin = one_page
     noise = torch.randn(32, 64)
     monkeypatch.setattr(torch, "randn", lambda *shape: (
         noise if len(shape) == 1 else noise.T.expand(shape)))
@@ -2252,7 +2399,8 @@ def test_minimal_moves_phi_as_meta_train_does(page, monkeypatch):
     monkeypatch.setattr(meta_train, "save", lambda *_: None)
     phi = meta_train.to_vector(twin, "cpu")
     meta_train.meta_train(
-        o, twin, phi, torch.zeros_like(phi), [pretrain.make_optimizer(twin, o) for _ in range(2)], [0, 1],
+        o, twin, phi, torch.zeros_like(phi),
+        [pretrain.make_optimizer(twin, o) for _ in range(2)], [0, 1],
         MagicMock(return_value=(1, 1)), ONE, ONE, MagicMock(), (0, 0))
     meta_train.load_vector(twin, phi)
     ours = as_spidr(model.state_dict())
@@ -2261,8 +2409,8 @@ def test_minimal_moves_phi_as_meta_train_does(page, monkeypatch):
                if name.startswith(("conv", "student.2.0")))
 
 
-def test_minimal_has_the_same_abx(page, tmp_path):
-    minimal, model, _, twin = page
+def test_minimal_has_the_same_abx(one_page, tmp_path):
+    minimal, model, _, twin = one_page
     voices = [minimal.speak(minimal.LANGUAGES[3], voice, 120) for voice in range(3)]
     features, lines = {}, ["#file onset offset #phone prev-phone next-phone speaker"]
     for voice, (sound, phones) in enumerate(voices):

@@ -305,7 +305,7 @@ def by_contrast(model, language):
     encoder = evaluate.load_encoder(str(model))
     layer = LAYER if encoder.codebooks else 1
     rows = data.read_manifest(part / f"{language}.csv")
-    features = {file: frames for file, (frames,) in evaluate.extract(rows, encoder, [layer])}
+    features = {file: x[layer] for file, x in evaluate.extract(rows, encoder, [layer])}
     head, *lines = (part / f"{language}.item").read_text().splitlines()
     found = {}
     for kind, sets in KINDS[language].items():
@@ -445,9 +445,9 @@ def curves(name, rows, x, names, titles):
             if row.get(measure) is not None:
                 line = " ".join(str(row[key]) for key in names.split())
                 points[line][row[x]].append(row[measure])
-        plots.append(page.plot(title, {
-            line: [(x, fmean(values)) for x, values in sorted(points[line].items())]
-            for line in sorted(points)}))
+        lines = {line: [(x, fmean(values)) for x, values in sorted(points[line].items())]
+                 for line in sorted(points)}
+        plots += [page.plot(title, lines, x)] * bool(lines)
     picture(name, plots, 250 + 14 * len(points))
 
 

@@ -1,7 +1,7 @@
-"""A page to look at and to listen to.
+"""A page to look at and to listen to, for a browser.
 
-    python extras/page.py                                   the report: the newest toy runs
-    python extras/page.py --model M --audio A [--alignments P]    what units some recordings become
+    python extras/page.py                                         the newest runs on the toy world
+    python extras/page.py --model M --audio A [--alignments P]    these recordings and their units
 """
 
 import argparse
@@ -24,130 +24,153 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
 import evaluate
-import model as networks
 from evaluate import (
-    RATE, TASKS, count_table, labelled_tracks, load_encoder, options_of, quality, read_phones,
-    read_recording, run_pairs, spidr_encoder, train_lm, units_of, write_json, write_outputs)
-from extras.toy import LM_LANGUAGE, TARGETS, toy, toy_encoders, toy_table
-from model import require
+    MEASURES, RATE, TASKS, count_table, labelled_tracks, load_encoder, options_of, quality,
+    read_phones, read_recording, run_pairs, spidr_encoder, train_lm, units_of, write_json,
+    write_outputs)
+from extras.toy import TARGETS, toy, toy_encoders, toy_table
+from model import SpidR, read_config, require, run
 
 # ======== the report ========
 
 
 def newest_runs():
-    """{stage: folder} of each stage's newest run on the toy world that has weights."""
-    found = dict.fromkeys(("pretrain", "meta", "adapt"))
+    """{"stage: folder": folder} of each stage's newest run on the toy world that has weights."""
+    newest = dict.fromkeys(("pretrain", "meta", "adapt"))
     for path in sorted(Path("runs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime):
         o = options_of(path.parent)
         if o.get("toy") and not o.get("manifest") and not o.get("audio"):
             stage = "adapt" if "budget" in o else "meta" if "method" in o else "pretrain"
-            found[stage] = path.parent
-    runs = {f"{stage}: {run}": run for stage, run in found.items() if run}
+            newest[stage] = path.parent
+    runs = {f"{stage}: {folder}": folder for stage, folder in newest.items() if folder}
     require(runs, "runs: no run on the toy world; 'python pretrain.py' makes one")
     return runs
 
 
 def report():
-    """Without a verb: the newest run of each stage on the toy world, as a page. The first time it
-    trains a language model too, on the units of the first of them."""
-    runs, language = newest_runs(), LM_LANGUAGE
-    name, run = next(iter(runs.items()))
-    world = toy(options_of(run)["toy"], ["eval", "lm"])
-    torch.manual_seed(options_of(run)["seed"])
-    fresh = networks.SpidR(networks.read_config(run / "config.json")).eval()
+    """The newest run of each stage on the toy world. The first time it trains a language model too,
+    on the units of the first of them."""
+    runs, language = newest_runs(), TARGETS[0]  # to which adapt.py adapts
+    name, first = next(iter(runs.items()))
+    world = toy(options_of(first)["toy"], ["eval", "lm"])
+    torch.manual_seed(options_of(first)["seed"])
+    fresh = SpidR(read_config(first / "config.json")).eval()
     encoders = {"untrained": spidr_encoder("untrained", fresh)} | toy_encoders(runs)
     tables = toy_table(world, encoders, every=True)
-
-    print(f"\nquality of units, {language}")
     rows = data.read_manifest(world / "eval" / f"{language}.csv")
-    phones, found = read_phones(world / "eval" / f"{language}_alignments.csv"), {}
-    for key, encoder in encoders.items():
-        if encoder.codebooks:
-            found[key] = quality(units_of(rows, encoder), phones, encoder.codewords)
-            print(key, *(f"{measure} {x:.3g}" for measure, x in found[key].items()))
+    phones = read_phones(world / "eval" / f"{language}_alignments.csv")
+    models = {name: encoder for name, encoder in encoders.items() if encoder.codebooks}
+    units = {name: units_of(rows, encoder) for name, encoder in models.items()}
+    measures = {name: quality(units[name], phones, encoder.codewords)
+                for name, encoder in models.items()}
 
-    units, lm = (f"runs/{kind}_{encoders[name].hash}" for kind in ("units", "lm"))
-    if not Path(units).exists():
-        words = "--model", str(run), "--audio", str(world / "lm" / "train.csv"), "--out", units
-        write_outputs(evaluate.parse(["units", *words]))
-    train_lm(["--preset", "tiny", "--units", units, "--out", lm])
-    pairs = {}
-    for task in "swuggy", "sblimp", "tsc":
-        where = ["--model", str(run), "--data", str(world / "lm" / TASKS[task][0])]
-        pairs[task] = run_pairs(evaluate.parse([task, "--lm", lm, *where]))
+    where, lm = (f"runs/{kind}_{encoders[name].hash}" for kind in ("units", "lm"))
+    if not Path(where).exists():
+        audio = str(world / "lm" / "train.csv")
+        write_outputs(evaluate.parse(["units", "--model", str(first), "--audio", audio,
+                                      "--out", where]))
+    train_lm(["--preset", "tiny", "--units", where, "--out", lm])
+    pairs = {task: run_pairs(evaluate.parse([task, "--lm", lm, "--model", str(first), "--data",
+                                             str(world / "lm" / TASKS[task][0])]))
+             for task in ("swuggy", "sblimp", "tsc")}
     results = dict(abx={name: table.tolist() for name, table in tables.items()},
-                   quality=found, pairs=pairs)
+                   language=language, quality=measures, pairs=pairs)
     write_json("runs/report.json", results)
-    write_page("runs/report.html", report_parts(runs, encoders, world, results))
+    row = min(rows, key=lambda row: row.num_samples)
+    parts = [*curves(results["abx"], runs), *tables_of(results, name),
+             f"<h2>A recording of {language}, which no stage has heard</h2>",
+              text("Below the spectrogram: the phones, and each model's units. In a good model "
+                  "units change where phones do, and a phone has the same colours each time."),
+             utterance(row, models, phones[row.fileid]),
+             f"<h2>The units of each phone of {language}</h2>",
+             heat_map(units[[*models][-1]], phones, [*models][-1])]
+    write_page("runs/report.html", parts)
     print("\nruns/report.json, runs/report.html: open it in a browser")
 
 
-def report_parts(runs, encoders, world, results):
-    """The report as pieces of HTML."""
-    across = {name: [line[1] for line in table] for name, table in results["abx"].items()}
+def curves(abx, runs):
+    """ABX by layer, and the stages' logs: a picture for each stage, with the same vertical axis."""
+    across = {name: [line[1] for line in table] for name, table in abx.items()}
     untrained, deepest = across.pop("untrained"), max(map(len, across.values()))
     lines = {name: [*enumerate(np.resize(errors, deepest), 1)]  # MFCC is a level line
              for name, errors in across.items()}
-    parts = ["<h1>What came of the runs</h1>", plot("ABX error across speakers, unseen languages, "
-                                                    "by layer", lines)]
-    for key in "loss", "target_ppl", "phone_accuracy":
-        curves = {}
-        for name, run in runs.items():
-            records = map(json.loads, open(run / "metrics.jsonl"))
-            curves[name] = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-        parts.append(plot(f"{key}, by step", {name: line for name, line in curves.items() if line}))
-    parts.append(f"<p>The untrained network errs on {min(untrained):.0f} to {max(untrained):.0f}% "
-                 "of the triples; chance is 50%.</p><h2>An utterance of a language that was not in "
-                 "the training</h2>")
-    language = TARGETS[0]
-    rows = data.read_manifest(world / "eval" / f"{language}.csv")
-    phones = read_phones(world / "eval" / f"{language}_alignments.csv")
-    shortest = min(rows, key=lambda row: row.num_samples)
-    models = {name: encoder for name, encoder in encoders.items() if encoder.codebooks}
-    parts.append(utterance(shortest, models, phones[shortest.fileid]))
-    *_, (name, encoder) = models.items()
-    parts += [f"<h2>What units the phones of {language} become</h2><p>{html.escape(name)}, layer "
-              f"{encoder.layer(units=True)}; a full square: always.</p>",
-              heat_map(units_of(rows, encoder), phones)]
-    measures = [*next(iter(results["quality"].values()))]
-    parts += [f"<h2>Quality of units, {LM_LANGUAGE}</h2>",
-              html_table(["", *measures], [[name, *found.values()]
-                                           for name, found in results["quality"].items()]),
-              "<h2>A language model on the units: accuracy, %</h2>",
-              html_table(["", "all pairs"], [[task, found["all"]["accuracy"]]
-                                             for task, found in results["pairs"].items()])]
+    parts = ["<h1>What came of the runs</h1>", text(
+        "ABX error across speakers of the three languages that are new to the model, by layer. "
+        f"Lower is better; chance is 50%, the untrained network has {min(untrained):.0f} to "
+        f"{max(untrained):.0f}%. A model that has learnt lies below MFCC in some layer."),
+        plot("ABX error, %", lines, "layer")]
+    for key, meaning in (
+            ("loss", "Masked prediction: it falls within a stage. Each stage starts with other "
+                     "codebooks, and a lower loss does not mean better units."),
+            ("target_ppl", "Perplexity of the codewords in use. It should stay well above 1; a "
+                           "fall towards 1 is a collapse."),
+            ("phone_accuracy", "Share of frames whose phone the supervised steps find, half of the "
+                               "frames masked. It rises; adaptation has no labels.")):
+        logs = {}
+        for name, folder in runs.items():
+            records = map(json.loads, open(folder / "metrics.jsonl"))
+            logs[name] = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        values = [y for log in logs.values() for _, y in log]
+        if values:
+            parts.append(text(meaning))
+            parts += [plot(key, {name: log}, "step", (min(values), max(values)))
+                      for name, log in logs.items() if log]
     return parts
 
 
-def run_look(args):
-    """A page of some recordings: to see and to hear what the units are."""
+def tables_of(results, name):
+    """Quality of units and the language model's scores, as tables."""
+    rows = []
+    for key, (shown, factor, unit, meaning) in MEASURES.items():
+        rows.append([f"{shown}, {unit}", *(factor * found[key] for found in
+                                           results["quality"].values()), meaning])
+    accuracy = [[task, found["all"]["accuracy"]] for task, found in results["pairs"].items()]
+    return [f"<h2>Quality of units, {results['language']}</h2>",
+            text("On the language to which adapt.py adapts. PNMI says most: higher is better."),
+            html_table(["", *results["quality"], ""], rows),
+            "<h2>A language model on the units</h2>",
+            text(f"Trained on the units of {name}: how often it prefers the word, the grammatical "
+                 "sentence, the right end of a story. 50% is chance; the toy tests are small, so "
+                 "differences under 10 points mean nothing."),
+            html_table(["", "pairs, %"], accuracy)]
+
+
+def look(args):
+    """Some recordings: to see and to hear what their units are."""
     encoder = load_encoder(args.model)
     rows = data.read_manifest(args.audio)
     phones = read_phones(args.alignments) if args.alignments else {}
-    parts = [f"<h1>{html.escape(args.model)}, layer {encoder.layer(args.layer, units=True)}</h1>"]
+    parts = [f"<h1>{html.escape(args.model)}, layer {encoder.layer(args.layer, units=True)}</h1>",
+             text("A box is a run of one unit, and a unit has the same colour everywhere. Listen "
+                  "whether it also has the same sound.")]
     for row in rows[:5]:
         parts += [f"<h2>{html.escape(row.fileid)}</h2>",
                   utterance(row, {"": encoder}, phones.get(row.fileid), args.layer)]
     if phones:
         units = units_of([row for row in rows if row.fileid in phones], encoder, args.layer)
-        parts += ["<h2>What units the phones become</h2>", heat_map(units, phones)]
-    write_page(args.out or "look.html", parts)
-    print(f"{args.out or 'look.html'}: open it in a browser")
+        parts += ["<h2>The units of each phone</h2>", heat_map(units, phones, args.model)]
+    write_page(args.out, parts)
+    print(f"{args.out}: open it in a browser")
 
 
 # ======== a page to look at and to listen to ========
 
-STYLE = """<meta charset="utf-8"><meta name="viewport" content="width=device-width">
+STYLE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>nanoSpidR</title><style>
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
 body { max-width: 1100px; margin: auto; padding: 1em }
-svg { overflow: visible; font-size: 11px; fill: currentColor; margin: 14px }
+p { max-width: 44em; margin: 1em 0 0 }
+svg { overflow: visible; font-size: 11px; fill: currentColor; margin: 22px 14px 8px 34px }
 svg path, svg polyline { fill: none; stroke: currentColor }
-.wide { overflow-x: auto } audio { display: block; margin: 8px 0 }
+.wide { overflow-x: auto } .wide svg { margin-left: 0 } audio { display: block; margin: 8px 0 }
 td, th { padding: 0 1em 0 0; text-align: left; font-variant-numeric: tabular-nums }
 @media (prefers-color-scheme: dark) { image { filter: invert(1) } }
 </style>"""
 COLOURS = "#4477dd #cc6633 #339955 #aa44aa #888888 #cc4466".split()
+
+
+def text(words):
+    return f"<p>{html.escape(words)}</p>"
 
 
 def png(picture):
@@ -201,7 +224,7 @@ def utterance(row, encoders, phones=None, layer=None, scale=200, most=20):
         lanes["phones"] = phones[: most * 100], 0.01
     for name, encoder in encoders.items():
         number = encoder.layer(layer, units=True)
-        units = encoder.units(wav)[number - encoder.layers - 1].tolist()
+        units = encoder.units(wav)[number].tolist()
         lanes[f"{name} units of layer {number}".strip()] = units, 1 / RATE
     width = scale * len(wav) / data.SAMPLE_RATE
     shapes = [f'<image href="{png(spectrogram(wav))}" width="{width:.0f}" height="128" '
@@ -213,24 +236,30 @@ def utterance(row, encoders, phones=None, layer=None, scale=200, most=20):
     return f'{sound(wav)}<div class="wide"><svg {size}>{"".join(shapes)}</svg></div>'
 
 
-def plot(title, lines):
+def plot(title, lines, x_name, y_limits=None):
     """Curves {name: [(x, y)]} with axes and ticks at round numbers."""
-    points = np.array([point for line in lines.values() for point in line] or [(0, 0)], float)
-    (x0, y0), (x1, y1) = points.min(0), np.maximum(points.max(0), points.min(0) + 1e-9)
-    shapes = [f'<text y="-6">{title}</text><path d="M0 0V160H280"/>']
+    points = np.array([point for line in lines.values() for point in line], float)
+    (x0, y0), (x1, y1) = points.min(0), points.max(0)
+    y0, y1 = y_limits or (y0, y1)
+    x1, y1 = max(x1, x0 + 1e-9), max(y1, y0 + 1e-9)
+
+    def place(x, y):
+        return 270 * (x - x0) / (x1 - x0), 160 - 160 * (y - y0) / (y1 - y0)
+
+    shapes = [f'<text x="-30" y="-10">{title}</text><path d="M0 0V160H270"/>'
+              f'<text x="270" y="190" text-anchor="end">{x_name}</text>']
     for value in ticks(x0, x1):
-        shapes.append(f'<text x="{280 * (value - x0) / (x1 - x0):.0f}" y="175" '
-                      f'text-anchor="middle">{value:g}</text>')
+        shapes.append(f'<text x="{place(value, y0)[0]:.0f}" y="175" text-anchor="middle">'
+                      f'{value:g}</text>')
     for value in ticks(y0, y1):
-        shapes.append(f'<text x="-4" y="{164 - 160 * (value - y0) / (y1 - y0):.0f}" '
-                      f'text-anchor="end">{value:g}</text>')
+        shapes.append(f'<text x="-4" y="{place(x0, value)[1] + 4:.0f}" text-anchor="end">'
+                      f'{value:g}</text>')
     for i, (name, line) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
-        drawn = " ".join(f"{280 * (x - x0) / (x1 - x0):.1f},{160 - 160 * (y - y0) / (y1 - y0):.1f}"
-                         for x, y in line)
+        drawn = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in line)
         shapes.append(f'<polyline points="{drawn}" style="stroke:{colour};stroke-width:2"/>'
                       f'<text y="{192 + 14 * i}" style="fill:{colour}">{html.escape(name)}</text>')
-    return f'<svg width="310" height="{190 + 14 * len(lines)}">{"".join(shapes)}</svg>'
+    return f'<svg width="280" height="{190 + 14 * len(lines)}">{"".join(shapes)}</svg>'
 
 
 def ticks(low, high):
@@ -240,23 +269,26 @@ def ticks(low, high):
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
 
 
-def heat_map(units, phones, size=14):
+def heat_map(units, phones, model, size=14):
     """The share of each phone that becomes each unit; units stand in the order of their phones."""
     names, tracks = labelled_tracks(units, phones)
-    table = count_table(tracks, names)
+    rows = sorted(range(len(names)), key=names.__getitem__)
+    table = count_table(tracks, names)[rows]
     shares = table / table.sum(1, keepdims=True).clip(1)
     used = np.flatnonzero(table.sum(0))
     order = used[np.lexsort((-shares.max(0)[used], shares.argmax(0)[used]))]
     shapes = []
-    for p, phone in enumerate(map(html.escape, names)):
-        shapes.append(f'<text x="-4" y="{size * p + 11}" text-anchor="end">{phone}</text>')
-        for v, unit in enumerate(order):
-            share = shares[p, unit]
-            shapes.append(f'<rect x="{size * v}" y="{size * p}" width="{size}" height="{size}" '
-                          f'fill-opacity="{share:.2f}"><title>{phone}, unit {unit}: {share:.0%}'
-                          '</title></rect>' if share > 0.005 else "")
-    size = f'width="{size * len(order)}" height="{size * len(names)}"'
-    return (f'<div class="wide"><svg style="margin-left:40px" {size}>{"".join(shapes)}</svg></div>')
+    for p, phone in enumerate(html.escape(names[row]) for row in rows):
+        shapes.append(f'<text x="36" y="{size * p + 11}" text-anchor="end">{phone}</text>')
+        shapes += [f'<rect x="{40 + size * v}" y="{size * p}" width="{size}" height="{size}" '
+                   f'fill-opacity="{shares[p, unit]:.2f}"><title>{phone}, unit {unit}: '
+                   f'{shares[p, unit]:.0%}</title></rect>'
+                   for v, unit in enumerate(order) if shares[p, unit] > 0.005]
+    size = f'width="{40 + size * len(order)}" height="{size * len(names)}"'
+    return (text(f"{model}: a row is a phone, a column one of the {len(order)} units in use; black "
+                 "(in a dark page white) means always. A clean staircase: each unit has its phone. "
+                 "Point at a square for its numbers.")
+            + f'<div class="wide"><svg {size}>{"".join(shapes)}</svg></div>')
 
 
 def write_page(path, parts):
@@ -284,8 +316,8 @@ def main():
     parser.add_argument("--out", default="look.html")
     args = parser.parse_args()
     require(bool(args.model) == bool(args.audio), "--model and --audio belong together")
-    run_look(args) if args.model else report()
+    look(args) if args.model else report()
 
 
 if __name__ == "__main__":
-    networks.run(main)
+    run(main)

@@ -415,8 +415,8 @@ def toy_table(world, encoders, layer=None, every=False):
             items = world / "eval" / f"{language}.item"
             outputs_of = dict(evaluate.extract(rows, encoder, layers))
             errors.append([])
-            for n in range(len(layers)):
-                features = {file: outputs[n] for file, outputs in outputs_of.items()}
+            for number in layers:
+                features = {file: outputs[number] for file, outputs in outputs_of.items()}
                 errors[-1].append([
                     evaluate.abx(features, items, speaker, max_size_group=5, max_x_across=2)
                     for speaker in ("within", "across")])
