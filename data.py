@@ -308,10 +308,13 @@ def scan(path, only=None, minimum=2000):
 
 
 def check_audio(rows, minimum, most=2000):
-    """The same rows, after a look at `most` of the files: mistakes show before hours are spent."""
-    for row in rows:
-        if row.num_samples < minimum:
-            raise InputError(f"{row.where}: {row.num_samples} samples, under the minimum {minimum}")
+    """The rows that are long enough, after a look at `most` of the files: mistakes show before
+    hours are spent."""
+    short = sum(row.num_samples < minimum for row in rows)
+    if short:
+        print(f"left out: {short} recordings of under {minimum} samples", file=sys.stderr)
+        rows = [row for row in rows if row.num_samples >= minimum]
+    require(rows, f"all recordings are shorter than {minimum} samples (--min-samples)")
     for row, samples, problem in inspect_all(rows[:: math.ceil(len(rows) / most) or 1], minimum):
         require(not problem, f"{row.where}: {problem}")
         require(samples == row.num_samples, f"{row.where}: {row.num_samples} samples stated, "

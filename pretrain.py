@@ -109,9 +109,9 @@ class Options(StageOptions):
 # On two cores loaders would slow down the training by more than they save.
 TINY = dict(batch_samples=256_000, max_samples=64_000, crop_multiple=16_000, mask_prob=0.6,
             mask_span=8, loaders=0)
-# small, for real speech: steps of 32 s, and a start that has heard speech (mel_steps and
-# codebook_start: see "What small batches need", below).
-SMALL = TINY | dict(batch_samples=512_000, crop_multiple=8_000)
+# small, for real speech: steps of 32 s, recordings of 1.5 s and more, and a start that has heard
+# speech (mel_steps and codebook_start: see "What small batches need", below).
+SMALL = TINY | dict(batch_samples=512_000, crop_multiple=8_000, min_samples=24_000)
 PRESETS = {
     "base": {},
     "tiny": TINY | dict(

@@ -782,6 +782,9 @@ def test_a_folder_s_short_recordings_are_left_out(tmp_path, capsys):
     rows = pretrain.read_rows(tmp_path, pretrain.Options(min_samples=16_000))
     assert [row.fileid for row in rows] == ["long"]
     assert "short.wav: 8000 samples at 16 kHz, under the minimum" in capsys.readouterr().err
+    data.write_manifest(tmp_path, tmp_path / "m.csv")
+    assert pretrain.read_rows(tmp_path / "m.csv", pretrain.Options(min_samples=16_000)) != []
+    assert "left out: 1 recordings of under 16000 samples" in capsys.readouterr().err
 
 
 # ======== corpora ========

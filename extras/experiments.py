@@ -447,7 +447,8 @@ def curves(name, rows, x, names, titles):
                 points[line][row[x]].append(row[measure])
         lines = {line: [(x, fmean(values)) for x, values in sorted(points[line].items())]
                  for line in sorted(points)}
-        plots += [page.plot(title, lines, x)] * bool(lines)
+        if lines:
+            plots.append(page.plot(title, lines, x))
     picture(name, plots, 250 + 14 * len(points))
 
 
