@@ -813,7 +813,7 @@ def show(script, *arguments):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("$ python", script, *arguments, flush=True)
-    done = subprocess.run([sys.executable, Path(__file__).with_name(script), *arguments],
+    done = subprocess.run([sys.executable, Path(__file__).parent / script, *arguments],
                           preexec_fn=lambda: networks.die_with_parent(signal.SIGTERM))
     if done.returncode:
         sys.exit(done.returncode)

@@ -1033,6 +1033,15 @@ def test_whatever_happens_a_run_ends_and_goes_on_to_the_same_bits(cli, toy, refe
         assert metrics("run", name)[-2:] == metrics(reference, name)[-2:]
 
 
+def test_another_command_is_run_as_a_process_of_its_own(capfd, monkeypatch):
+    monkeypatch.setattr(pretrain.signal, "signal", lambda *_: None)
+    pretrain.show("extras/toy.py", "--help")
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.show("evaluate.py", "abx")
+    out, err = capfd.readouterr()
+    assert "python extras/toy.py table RUN" in out and "--items" in err
+
+
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")

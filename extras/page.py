@@ -164,6 +164,7 @@ svg { overflow: visible; font-size: 11px; fill: currentColor; margin: 22px 14px 
 svg path, svg polyline { fill: none; stroke: currentColor }
 .wide { overflow-x: auto } .wide svg { margin-left: 0 } audio { display: block; margin: 8px 0 }
 td, th { padding: 0 1em 0 0; text-align: left; font-variant-numeric: tabular-nums }
+td:last-child { min-width: 9em }
 @media (prefers-color-scheme: dark) { image { filter: invert(1) } }
 </style>"""
 COLOURS = "#4477dd #cc6633 #339955 #aa44aa #888888 #cc4466".split()
@@ -241,7 +242,8 @@ def plot(title, lines, x_name, y_limits=None):
     points = np.array([point for line in lines.values() for point in line], float)
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
     y0, y1 = y_limits or (y0, y1)
-    x1, y1 = max(x1, x0 + 1e-9), max(y1, y0 + 1e-9)
+    x0 = 0 if x_name == "step" else x0
+    x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1e-3)
 
     def place(x, y):
         return 270 * (x - x0) / (x1 - x0), 160 - 160 * (y - y0) / (y1 - y0)
@@ -257,7 +259,9 @@ def plot(title, lines, x_name, y_limits=None):
     for i, (name, line) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
         drawn = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in line)
+        x, y = place(*line[-1])
         shapes.append(f'<polyline points="{drawn}" style="stroke:{colour};stroke-width:2"/>'
+                      f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>'
                       f'<text y="{192 + 14 * i}" style="fill:{colour}">{html.escape(name)}</text>')
     return f'<svg width="280" height="{190 + 14 * len(lines)}">{"".join(shapes)}</svg>'
 
@@ -297,7 +301,7 @@ def write_page(path, parts):
 
 def html_table(header, rows):
     cells = [["<th>" + html.escape(str(x)) for x in header]]
-    cells += [["<td>" + html.escape(f"{x:.3g}" if isinstance(x, float) else str(x)) for x in row]
+    cells += [["<td>" + html.escape(f"{x:.2f}" if isinstance(x, float) else str(x)) for x in row]
               for row in rows]
     lines = "".join("<tr>" + "".join(row) for row in cells)
     return f'<div class="wide"><table>{lines}</table></div>'
