@@ -290,6 +290,8 @@ def follow(seed):
 
 # ======== far languages ========
 
+SPEECH = {"mfcc": "MFCC", "fssl": "from audio alone (SSL)", "fsl": "with some labels (SSL/SL)"}
+
 KINDS = {  # of contrast: the phones that are told from one another
     "tonu": {"tone": ["a1 a2 a3 a4", "i1 i2 i3 i4", "u1 u2 u3 u4"],
              "vowel": ["a1 i1 u1", "a2 i2 u2", "a3 i3 u3", "a4 i4 u4"],
@@ -432,6 +434,7 @@ def draw(_):
         "seconds": "seconds of an episode, by inner steps M", "peak_memory_gib": "peak memory, GiB",
         "cosine": "cosine to FOBLO's meta-gradient"})
     draw_grid(results("grid"), where(results("table"), model="sl", minutes=0))
+    draw_speech(results("speech"))
 
 
 def curves(name, rows, x, names, titles):
@@ -450,6 +453,33 @@ def curves(name, rows, x, names, titles):
         if lines:
             plots.append(page.plot(title, lines, x))
     picture(name, plots, 250 + 14 * len(points))
+
+
+# The authors' run at full size, lowest and highest of the eight codebooks: loss, target_ppl.
+AUTHORS = {0: (5.54, 5.60, 51, 99), 5_000: (2.26, 2.49, 173, 206), 20_000: (1.57, 1.73, 181, 213),
+           100_000: (1.06, 1.59, 180, 213), 400_000: (0.92, 1.40, 181, 213)}
+
+
+def draw_speech(rows):
+    """docs/curves.svg: ABX of a language never heard over the minutes of training on real speech;
+    and loss and perplexity of the authors' run, which is the one that base is to repeat."""
+    rows = [row for row in rows if row["test"] == "mboshi" and row["run"] in SPEECH]
+    if not rows:
+        return
+    lines = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["minutes"]):
+        lines[SPEECH[row["run"]]].append((row["minutes"], row["across"]))
+    end = max(x for line in lines.values() for x, _ in line)
+    [mfcc] = lines.pop("MFCC").copy()
+    lines["MFCC, which learns nothing"] = [(0, mfcc[1]), (end, mfcc[1])]
+    loss, perplexity = (
+        {name: [(step / 1000, row[column + i]) for step, row in AUTHORS.items()]
+         for i, name in enumerate(("the lowest of 8 codebooks", "the highest"))}
+        for column in (0, 2))
+    picture("curves", [
+        page.plot("Mboshi, never heard: ABX error, %", lines, "minutes of training"),
+        page.plot("full size, by the authors: loss", loss, "thousand steps", (0, 6)),
+        page.plot("perplexity of the codewords", perplexity, "thousand steps", (0, 256))], 285)
 
 
 def draw_grid(rows, before):

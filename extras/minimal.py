@@ -1,10 +1,10 @@
-"""SpidR, which learns from sound alone to tell phones apart, and FOBLO, which finds a start from
-which it learns a new language fast. This is the algorithm; all else is data, speed and safety.
+"""SpidR learns from sound alone to tell phones apart; FOBLO finds initial weights from which SpidR
+learns a new language fast. Here is the algorithm; the other files add data, speed and safety.
 
     python extras/minimal.py [SEED]        two minutes on one CPU core; needs PyTorch alone
 
 Equations are numbered as in README.md; read on in part one of model.py. Shapes: B crops, T frames
-of 20 ms, D channels, L layers, K codebooks of V codewords, M hidden frames in the whole batch."""
+of 20 ms, D channels, L layers, K codebooks of V codewords, H hidden frames in the whole batch."""
 import copy
 import functools
 import itertools
@@ -56,8 +56,8 @@ def batch(voices):
     return F.layer_norm(wav, wav.shape[1:]), hide, torch.tensor(phones)
 
 # ======== the network ========
-# Convolutions make 50 frames of 16,000 samples, and a Transformer reads them. There are two of
-# these: the student, which learns, and the teacher, which says what to learn.
+# Convolutions turn each second, 16,000 samples, into 50 frames. Two Transformers read them, each
+# with a random start of its own: the student learns, and the teacher says what to learn.
 D, L, K, V = 64, 3, 2, 32  # each of the last K layers has a codebook and a head
 
 def make_transformer():
@@ -97,22 +97,22 @@ def layers_of(transformer, x):
 
 # ======== SpidR: learning from sound alone ========
 # Half of the frames are hidden from the student. It must guess what the teacher, which hears all,
-# makes of them: in each of the last K layers, the codeword nearest to the output. Gradients would
-# make that easy by making all answers the same. So none reach them: a codeword is, as in k-means,
-# the average of the outputs it was nearest to, the teacher is the average of past students.
+# makes of them: in each of the last K layers, the codeword nearest to the output. If training could
+# also change the answers, it would make them all the same. So no gradient reaches them: codewords
+# average the outputs nearest to them, as in k-means, and the teacher slowly trails the student.
 def spidr_step(model, optimizer, wav, hide, b=1.0, refit=0):
-    """A training step. The student learns by gradients, the codebooks and the teacher follow."""
+    """Gradients move the student. The codebooks follow and, if b < 1, so does the teacher."""
     outputs = torch.stack(layers_of(model.student, hear(model, wav, hide))[-K:])[:, hide]
     with torch.no_grad():
         f = torch.stack(layers_of(model.teacher, hear(model, wav))[-K:])  # [K, B, T, D]
-        targets = F.layer_norm(f.mT, f.shape[2:3]).mT[:, hide]  # (2) over time [K, M, D]
-        labels = torch.cdist(targets, model.S / model.N[..., None]).argmin(-1)  # (3) [K, M]
+        targets = F.layer_norm(f.mT, f.shape[2:3]).mT[:, hide]  # (2) normed over time
+        labels = torch.cdist(targets, model.S / model.N[..., None]).argmin(-1)  # (3) [K, H]
     for _ in range(refit):  # (11) new heads catch up with new codebooks, before all else moves
         sgd = torch.optim.SGD(model.heads.parameters(), lr=0.05 * K)
         descend(sgd, loss_of(model.heads, outputs.detach(), labels))
     descend(optimizer, loss_of(model.heads, outputs, labels))  # (4) moves the student
     with torch.no_grad():
-        nearest = F.one_hot(labels, V).type_as(targets)  # [K, M, V]
+        nearest = F.one_hot(labels, V).type_as(targets)  # [K, H, V]
         n, s = nearest.sum(1), nearest.mT @ targets  # each codeword's targets: how many, their sum
         used = n > 0
         model.N[used] = 0.9 * model.N[used] + 0.1 * n[used]  # (5)
@@ -134,7 +134,7 @@ def descend(optimizer, loss):
 # A and X are one phone, B is another. The model errs if X is nearer to B than to A; chance is 50%.
 @functools.cache
 def distance(x, y):
-    """The mean angle of two tokens' frames along the path that aligns them best."""
+    """Of two tokens, runs of frames of one phone: the mean angle on the path of least total."""
     angles, best = ((x @ y.T).clamp(-1, 1).acos() / math.pi).tolist(), {(-1, -1): (0, 0)}
     for i, j in itertools.product(range(len(x)), range(len(y))):
         ways = [best[k] for k in ((i - 1, j - 1), (i, j - 1), (i - 1, j)) if k in best]
@@ -144,30 +144,30 @@ def distance(x, y):
 
 @torch.no_grad()
 def abx(model, voices):
-    """Errors in %, if X has the voice of A and B and if not: means over tokens, voices, phones."""
+    """Errors in %, X in the voice of A and B, or in another: means over tokens, voices, phones."""
     tokens, errors = {}, ({}, {})
     for voice, (sound, phones) in enumerate(voices):
         x = layers_of(model.student, hear(model, F.layer_norm(sound, sound.shape)[None]))[1][0]
         for phone, run in itertools.groupby(range(len(phones)), phones.__getitem__):
             tokens.setdefault((phone, voice), []).append(F.normalize(x[[*run]], dim=1))
-    for (a, voice), (b, same), (x, other) in itertools.product(tokens, repeat=3):
-        if a == x != b and voice == same and len(tokens[a, voice]) > (voice == other):
+    for (a, voice), (b, voice_b), (x, voice_x) in itertools.product(tokens, repeat=3):
+        if a == x != b and voice == voice_b and len(tokens[a, voice]) > (voice == voice_x):
             wrong = [(distance(X, A) > distance(X, B)) + (distance(X, A) == distance(X, B)) / 2
-                     for A in tokens[a, voice] for X in tokens[x, other] if X is not A
+                     for A in tokens[a, voice] for X in tokens[x, voice_x] if X is not A
                      for B in tokens[b, voice]]
-            errors[voice != other].setdefault((a, b), []).append(fmean(wrong))
+            errors[voice != voice_x].setdefault((a, b), []).append(fmean(wrong))
     return [100 * fmean(map(fmean, pairs.values())) for pairs in errors]  # (13)
 
 # ======== FOBLO: a start from which a language is quickly learnt ========
-# An episode plays a new language: from the start phi, M steps on sound alone. Where they lead is
-# not yet right, N steps on phone labels show in which direction. FOBLO moves phi by what these N
-# steps changed, not by the M before them, as if the N had begun at phi.
+# An episode treats a language as new: M steps on sound alone lead from the start phi to theta_M,
+# then N steps on phone labels show how theta_M should have been different. FOBLO moves phi by the
+# change that the N steps made, as if moving phi moved theta_M by just as much.
 def foblo(model, sources, updates=6, workers=2, M=20, N=10, beta=1.0):
-    optimizers = [adamw(model.parameters()) for _ in range(workers)]
-    phi = copy.deepcopy(model.state_dict())  # weights, codebooks, teacher: everything
+    optimizers = [adamw(model.parameters()) for _ in range(workers)]  # each keeps its moments
+    phi = copy.deepcopy(model.state_dict())  # everything, but only what the N steps train moves
     for _ in range(updates):
         delta = dict.fromkeys(phi, 0)
-        for adam in optimizers:  # each worker has a language; here they take turns
+        for adam in optimizers:  # a worker draws a language; here they take turns
             language = random.randrange(len(sources))
             model.load_state_dict(phi)
             adapt(model, adam, sources[language], M)
@@ -183,7 +183,7 @@ def foblo(model, sources, updates=6, workers=2, M=20, N=10, beta=1.0):
     return model
 
 def adapt(model, optimizer, voices, steps):
-    model.S.copy_(F.instance_norm(torch.randn(K, D, V)).mT)  # (11) old languages' are forgotten
+    model.S.copy_(F.instance_norm(torch.randn(K, D, V)).mT)  # (11) the old codebooks are forgotten
     model.N.fill_(1)  # (11)
     for head in model.heads:
         head.reset_parameters()  # (11)
@@ -197,7 +197,7 @@ def main(seed=0, steps=400, updates=6, adaptation=60):
     torch.manual_seed(seed)
     *sources, new = [[speak(words, voice, 3000) for voice in range(3)] for words in LANGUAGES]
     test = [speak(LANGUAGES[-1], voice, 300) for voice in range(3)]
-    models = {"untrained": make_model()}
+    models, results = {"untrained": make_model()}, {}
     spidr = models["SpidR"] = copy.deepcopy(models["untrained"])
     optimizer = adamw(spidr.parameters())
     for step in range(1, steps + 1):
@@ -208,13 +208,13 @@ def main(seed=0, steps=400, updates=6, adaptation=60):
     models["SpidR, FOBLO"] = foblo(copy.deepcopy(spidr), sources, updates)
     print("ABX error on the new language, %: within, across voices; both again once adapted to it")
     for name, model in models.items():
-        errors = models[name] = abx(model, test)
-        nn.ModuleList([model.conv, model.project]).requires_grad_(False)
+        errors = results[name] = abx(model, test)
+        nn.ModuleList([model.conv, model.project]).requires_grad_(False)  # little audio: frozen
         adapt(model, adamw(model.parameters()), new, adaptation)
         errors += abx(model, test)
         print(f"{name:12}", *map("{:8.1f}".format, errors), flush=True)
-    print(f"Across voices, FOBLO made SpidR's {models['SpidR'][1]:.1f} {errors[1]:.1f}, with phone "
-          f"labels of other languages. Adaptation, from sound alone, then made it {errors[3]:.1f}.")
+    print(f"Across voices: SpidR {results['SpidR'][1]:.1f}; after FOBLO, with phone labels of "
+          f"other languages, {errors[1]:.1f}; then adapted, from sound alone, {errors[3]:.1f}.")
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
