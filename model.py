@@ -96,21 +96,17 @@ class Config:
 # because LayerNorm after each of so few channels does not get going in so few steps; wider initial
 # feed-forward weights, which keep a layer's gain at a smaller width; and a teacher that settles
 # within hundreds of steps.
-PRESETS = {
-    "base": {},
-    "tiny": dict(
-        norm="group_norm", dim=128, layers=4, heads=4, ffn=512, pos_kernel=57, pos_depth=3,
-        conv_layers=((16, 10, 5),) + ((32, 3, 2),) * 2 + ((64, 3, 2),) * 2 + ((64, 2, 2),) * 2,
-        dropout=0.0, attention_dropout=0.0, init_std=0.05, codebooks=3, codewords=48,
-        ema_timescale=500.0),
-    # small learns from real speech in minutes. It departs from base as tiny does; and its codebooks
-    # forget ten times as slowly, because a step has a hundredth of base's frames.
-    "small": dict(
-        norm="group_norm", dim=192, layers=6, heads=6, ffn=768, pos_kernel=57, pos_depth=3,
-        conv_layers=((16, 10, 5),) + ((32, 3, 2),) * 2 + ((64, 3, 2),) * 2 + ((64, 2, 2),) * 2,
-        dropout=0.0, attention_dropout=0.0, init_std=0.04, codebooks=4, codewords=128,
-        codebook_decay=0.99, ema_timescale=1000.0),
-}
+TINY = dict(
+    norm="group_norm", dim=128, layers=4, heads=4, ffn=512, pos_kernel=57, pos_depth=3,
+    conv_layers=((16, 10, 5),) + ((32, 3, 2),) * 2 + ((64, 3, 2),) * 2 + ((64, 2, 2),) * 2,
+    dropout=0.0, attention_dropout=0.0, init_std=0.05, codebooks=3, codewords=48,
+    ema_timescale=500.0)
+# small learns from real speech in minutes. Its codebooks forget ten times as slowly as base's,
+# because a step has a hundredth of base's frames.
+SMALL = TINY | dict(
+    dim=192, layers=6, heads=6, ffn=768, init_std=0.04, codebooks=4, codewords=128,
+    codebook_decay=0.99, ema_timescale=1000.0)
+PRESETS = {"base": {}, "tiny": TINY, "small": SMALL}
 
 
 # ======== (1) the downsampler and the projection ========
@@ -121,13 +117,6 @@ def num_frames(samples, config):
     for _, kernel, stride in config.conv_layers:
         samples = (samples - kernel) // stride + 1
     return samples
-
-
-def valid_frames(lengths, frames):
-    """[B] lengths -> [B, T], true before each length. Without lengths nothing is padded: None."""
-    if lengths is None:
-        return None
-    return torch.arange(frames, device=lengths.device) < lengths[:, None]
 
 
 def instance_norm(x, valid=None, eps=1e-5):
@@ -185,12 +174,13 @@ class Downsampler(nn.Module):
             channels_in = channels
 
     def forward(self, wav, lengths=None):  # [B, N] -> [B, T, C], and which frames are real
-        x = wav[:, None]  # [B, 1, N]
+        x, valid = wav[:, None], None  # [B, 1, N]
         for layer in self.conv_layers:
-            kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
             if lengths is not None:
-                lengths = (lengths - kernel) // stride + 1
-            valid = valid_frames(lengths, (x.shape[-1] - kernel) // stride + 1)
+                kernel, stride = layer.conv.kernel_size[0], layer.conv.stride[0]
+                lengths = (lengths - kernel) // stride + 1  # [B]
+                frames = (x.shape[-1] - kernel) // stride + 1
+                valid = torch.arange(frames, device=lengths.device) < lengths[:, None]
             x = layer(x, valid)
         return x.mT, valid
 
@@ -731,22 +721,20 @@ def read_checkpoint(path):
     """(path, the checkpoint's dictionary), never unpickled. A folder stands for its newest one."""
     path = Path(path)
     if path.is_dir():
-        steps = sorted(path.glob("step_*.pt"), key=lambda p: (len(p.name), p.name))
-        last = [p for p in (*steps, path / "last.pt") if p.exists()]
-        require(last, f"{path}: a folder without last.pt or step_*.pt")
-        path = last[-1]
+        kept = sorted(path.glob("step_*.pt"), key=lambda p: (len(p.name), p.name))
+        last = path / "last.pt"
+        require(kept or last.exists(), f"{path}: a folder without last.pt or step_*.pt")
+        path = last if last.exists() else kept[-1]
     require(path.is_file(), f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and end-of-file errors of many kinds
+        if "model" not in checkpoint:  # a bare state dict, as one released model is
+            checkpoint = {"model": checkpoint}
+        only_tensors = all(isinstance(t, torch.Tensor) for t in checkpoint["model"].values())
+    except Exception as error:  # zip, pickle, end-of-file and type errors of many kinds
         why = type(error).__name__
         raise InputError(f"{path}: not a checkpoint, or one cut short ({why})") from None
-    require(isinstance(checkpoint, dict), f"{path}: not a checkpoint, but {type(checkpoint)}")
-    if "model" not in checkpoint:  # a bare state dict, as one released model is
-        checkpoint = {"model": checkpoint}
-    state = checkpoint["model"]
-    require(isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values()),
-            f"{path}: holds more than tensors")
+    require(only_tensors, f"{path}: holds more than tensors")
     return path, checkpoint
 
 
