@@ -121,9 +121,8 @@ def linears(layer):
 
 def add_adapters(model, options):
     """After this only the adapters, the heads and, by their averages, the codebooks move."""
-    for part in model.student, model.supervised_classifiers:
+    for part in model.student, model.supervised_classifiers, model.mask_embedding:
         part.requires_grad_(False)
-    model.mask_embedding.requires_grad_(False)
     dama, layers = options.method == "dama", len(model.student.layers)
     third = max(1, layers // 3)
     ranks = [options.rank_max] * layers
@@ -188,8 +187,9 @@ def main():
             log.add(pretrain.validate(model, held_out, options, ranks))
             log.write(0)
         seed_step(*step_seed)
-        log.add(train_step(model, optimizer, micro_batches, step + 1, lr_at(step, options), options,
-                           ranks))
+        metrics = train_step(
+            model, optimizer, micro_batches, step + 1, lr_at(step, options), options, ranks)
+        log.add(metrics)
         pretrain.end_of_step(
             step + 1, options, ranks, optimizer, log, stop,
             lambda: pretrain.validate(model, held_out, options, ranks),
@@ -200,8 +200,7 @@ def main():
         print_changes(model, before)
         print_held_out(log.path)
     score(options, ranks, "after", options.out)
-    if ranks.first:
-        print(f"next: python evaluate.py units --model {options.out} --audio FOLDER "
+    ranks.say(f"next: python evaluate.py units --model {options.out} --audio FOLDER "
               "--out units.jsonl")
 
 
@@ -307,9 +306,9 @@ def seconds_of(rows):
 def advice(options, ranks, model):
     """What shortens a long adaptation. Of base's size on a CPU it will be long for sure."""
     ways = "fewer --steps, --method lora, or a smaller model as --init"
-    if ranks.first and ranks.device.type == "cpu" and model.config.dim >= Config().dim:
-        print(f"warning: a model of base's size takes days on a CPU. Shorter: {ways}, or a GPU",
-              file=sys.stderr)
+    if ranks.device.type == "cpu" and model.config.dim >= Config().dim:
+        ranks.say(f"warning: a model of base's size takes days on a CPU. Shorter: {ways}, or a GPU",
+                  file=sys.stderr)
     return ways
 
 

@@ -87,17 +87,14 @@ class Options(EpisodeOptions):
         return self.updates * (self.inner_steps + self.outer_steps)
 
 
-# tiny: episodes of 30 steps move the weights by little, so phi takes all of what they bring.
+# Episodes of 30 steps move the weights by little, so phi takes all of what they bring.
+SHORT = dict(
+    workers=2, updates=10, inner_steps=20, outer_steps=10, beta=1.0, lr=1e-3, lr_floor=0.05,
+    warmup_steps=30, hold_steps=135, decay_steps=135, ramp_steps=6, log_every=50, layer_drop=0.0)
 PRESETS = {
     "base": {},
-    "tiny": pretrain.TINY | dict(
-        workers=2, updates=10, inner_steps=20, outer_steps=10, beta=1.0, lr=1e-3, lr_floor=0.05,
-        warmup_steps=30, hold_steps=135, decay_steps=135, ramp_steps=6, log_every=50,
-        chunk_seconds=240.0, layer_drop=0.0, supervised_layer=3),
-    "small": pretrain.SMALL | dict(
-        workers=2, updates=10, inner_steps=20, outer_steps=10, beta=1.0, lr=1e-3, lr_floor=0.05,
-        warmup_steps=30, hold_steps=135, decay_steps=135, ramp_steps=6, log_every=50,
-        layer_drop=0.0, supervised_layer=4),
+    "tiny": pretrain.TINY | SHORT | dict(chunk_seconds=240.0, supervised_layer=3),
+    "small": pretrain.SMALL | SHORT | dict(supervised_layer=4),
 }
 
 
@@ -212,9 +209,10 @@ def meta_train(options, model, phi, delta, optimizers, workers, episodes, ranks,
                     episode_seed = options.seed, step, worker, data.STREAM_FORGET
                     forget(model, micro_batches, options, team, episode_seed, step_seed)  # (11)
                 seed_step(*step_seed)
-                log.add(train_step(
+                metrics = train_step(
                     model, optimizers[i], micro_batches, step + 1, episode_lr(step, options),
-                    options, team, options.supervised_layer if supervised else None))
+                    options, team, options.supervised_layer if supervised else None)
+                log.add(metrics)
                 if foblo and s + 1 == M:
                     theta_M = to_vector(model, phi.device)
                 if (s + 1) % options.log_every == 0 and s + 1 < M + N:
@@ -307,8 +305,8 @@ class Episodes:
             problem = self.problem(language, members, supervised)
             if not problem:
                 self.rows += members
-            elif ranks.first:
-                print(f"left out: language {language!r}: {problem}", file=sys.stderr)
+            else:
+                ranks.say(f"left out: language {language!r}: {problem}", file=sys.stderr)
         require(self.rows, "no language that meta-training could use")
         self.tasks, draw = [], itertools.count()
         while len(self.tasks) < options.updates * options.workers:

@@ -180,8 +180,7 @@ def average_and_clip(optimizer, count, lr, options):
 
 
 def make_optimizer(model, options):
-    named = model.named_parameters()
-    parameters = [p for name, p in named if not name.startswith("teacher.")]
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("teacher.")]
     return torch.optim.AdamW(parameters, lr=options.lr, betas=tuple(options.betas),
                              eps=options.eps, weight_decay=options.weight_decay, fused=True)
 
@@ -192,11 +191,11 @@ def trained(optimizer):
 
 def lr_at(step, options):
     """The rate of step `step`, counted from 0: linear warm-up, hold, exponential decay."""
-    o = options
-    if step < o.warmup_steps:
-        return o.lr * (o.lr_floor + (1 - o.lr_floor) * step / o.warmup_steps)
-    decayed = (step - o.warmup_steps - o.hold_steps) / max(1, o.decay_steps)
-    return o.lr * o.lr_floor ** min(max(decayed, 0.0), 1.0)
+    peak, floor, warmup = options.lr, options.lr_floor, options.warmup_steps
+    if step < warmup:
+        return peak * (floor + (1 - floor) * step / warmup)
+    decayed = (step - warmup - options.hold_steps) / max(1, options.decay_steps)
+    return peak * floor ** min(max(decayed, 0.0), 1.0)
 
 
 # ======== the stage ========
@@ -236,9 +235,7 @@ def main():
     # ======== loop ========
     if first == 0 and not options.init:
         if options.mel_steps:
-            errors = fit_front_end(model, unlabelled, options, ranks)
-            if ranks.first:
-                print("front end: error of log-mel spectra {:.3f}, then {:.3f}".format(*errors))
+            fit_front_end(model, unlabelled, options, ranks)
         if options.codebook_start == "targets":
             start_codebooks(model, unlabelled[0], options, ranks)
     supervised_before = first // options.supervised_every if labelled else 0
@@ -251,8 +248,9 @@ def main():
         supervised = bool(labelled) and (step + 1) % options.supervised_every == 0
         micro_batches = next(labelled_steps if supervised else unlabelled_steps)
         seed_step(options.seed, step, ranks.rank)
-        log.add(train_step(model, optimizer, micro_batches, step + 1, lr_at(step, options), options,
-                           ranks, options.supervised_layer if supervised else None))
+        metrics = train_step(model, optimizer, micro_batches, step + 1, lr_at(step, options),
+                             options, ranks, options.supervised_layer if supervised else None)
+        log.add(metrics)
         end_of_step(step + 1, options, ranks, optimizer, log, stop,
                     lambda: validate(model, valid, options, ranks),
                     lambda: dict(state=model.state_dict(), inventories=inventory))
@@ -261,24 +259,6 @@ def main():
         if not options.manifest:
             show("extras/toy.py", "table", options.out)
         print(f"next: python meta_train.py --init {options.out}   or   python extras/page.py")
-
-
-def end_of_step(done, options, ranks, optimizer, log, stop, validate, contents):
-    """After each step of a loop: what is due of validation, the log and a checkpoint, which holds
-    contents()."""
-    stopping = stop.agreed(done)
-    saving = stopping or done % options.save_every == 0 or is_kept(done, options)
-    if saving:
-        log.add(validate())
-    if saving or done % options.log_every == 0:
-        log.write(done)
-    if saving:
-        save_checkpoint(options, ranks, optimizer, done, log, **contents())
-    if stopping and done < options.steps:
-        barrier()  # the first rank has saved
-        if ranks.first:
-            print(f"stopped at step {done}; the same command resumes there")
-        sys.exit(143)
 
 
 # ======== plumbing: skip at first reading ========
@@ -381,6 +361,11 @@ class Ranks:
     def first(self):
         return self.rank == 0
 
+    def say(self, message, **how):
+        """Prints it once, not on every rank."""
+        if self.first:
+            print(message, flush=True, **how)
+
 
 def setup(options):
     env = os.environ.get  # torchrun's
@@ -403,14 +388,10 @@ def setup(options):
 
 
 def autocast(options, ranks):
-    return torch.autocast(ranks.device.type, torch.bfloat16,
-                          enabled=options.bf16 and has_bf16(ranks.device))
-
-
-def has_bf16(device):
-    """GPUs do. Of CPUs those that have the instructions: the others would only imitate them."""
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return device.type == "cuda" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    """bfloat16 on GPUs, and on CPUs that have the instructions: others would only imitate them."""
+    kind, has = ranks.device.type, torch.cpu.get_capabilities()
+    fast = kind == "cuda" or kind == "cpu" and (has.get("avx512_bf16") or has.get("amx_bf16"))
+    return torch.autocast(kind, torch.bfloat16, enabled=bool(options.bf16 and fast))
 
 
 def seed_step(*numbers):
@@ -419,7 +400,6 @@ def seed_step(*numbers):
 
 
 def to_device(model, options, ranks):
-    """Moves the model to its device, and compiles it if asked to."""
     model.to(ranks.device)
     if not options.compile:
         return
@@ -486,8 +466,8 @@ def read_data(options, ranks, inventory, supervised):
     labelled = data.aligned_rows(recordings, alignments, path)
     inventory = data.inventories(alignments) | inventory
     classes, unknown = data.phone_classes(alignments, inventory)
-    if unknown and ranks.first:
-        print(f"{path}: {unknown} frames of unknown phones are ignored", file=sys.stderr)
+    if unknown:
+        ranks.say(f"{path}: {unknown} frames of unknown phones are ignored", file=sys.stderr)
     return rows, data.pieces(labelled, options.max_samples), classes, inventory
 
 
@@ -551,6 +531,7 @@ def fit_front_end(model, batches, options, ranks):
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20, 2 * left)
         optimizer.step()
         errors.append(loss.item())
+    ranks.say(f"front end: error of log-mel spectra {errors[0]:.3f}, then {errors[-1]:.3f}")
     return errors[0], errors[-1]
 
 
@@ -587,7 +568,7 @@ def open_run(options, model, ranks, rows=(), about=None):
     if ranks.first:
         claim(out, options.restart)
     barrier()
-    checkpoints, advice = list(out.glob("*.pt")), "give another --out, or --restart"
+    advice = "give another --out, or --restart"
     if described.exists():
         try:
             old = comparable(json.loads(described.read_text()))
@@ -599,11 +580,10 @@ def open_run(options, model, ranks, rows=(), about=None):
                 f"{out} holds a run of other options or audio: {advice}. {'; '.join(differs)}")
         if (out / "last.pt").exists():
             return read_checkpoint(out / "last.pt")[1]
-        # Killed before or within its first save, of which last.pt is written last.
-        kept = [path for path in checkpoints if path.name.startswith("step_")]
-        require(len(kept) <= 1, f"{out} has lost its last.pt: {advice}")
-    else:
-        require(not checkpoints, f"{out} holds checkpoints, but no config.json: {advice}")
+    # A run may have been killed in its first save, of which last.pt is written last.
+    others = [path for path in out.glob("*.pt") if not path.name.startswith("worker_")]
+    require(len(others) <= described.exists(),
+            f"{out} holds checkpoints, but has lost its config.json or last.pt: {advice}")
     barrier()
     if ranks.first:
         write_text(described, json.dumps(record, indent=1))
@@ -663,18 +643,25 @@ def resume(checkpoint, model, optimizer, name="model"):
     return checkpoint["step"], checkpoint["totals"]
 
 
-def is_kept(done, options):
-    every = options.keep_every
-    return done == options.steps or bool(every) and done % every == 0
-
-
-def save_checkpoint(options, ranks, optimizer, done, log, state, **more):
-    if ranks.first:
-        out, more = Path(options.out), dict(step=done, **more)
-        if is_kept(done, options):
-            save(out / f"step_{done}.pt", state, **more)
-        moments = optimizer.state_dict()
-        save(out / "last.pt", state, optimizer=moments, totals=log.totals, **more)
+def end_of_step(done, options, ranks, optimizer, log, stop, validate, contents):
+    """After each step of a loop: what is due of validation, the log and a checkpoint, which holds
+    contents()."""
+    stopping = stop.agreed(done)
+    kept = done == options.steps or options.keep_every > 0 and done % options.keep_every == 0
+    saving = stopping or kept or done % options.save_every == 0
+    if saving:
+        log.add(validate())
+    if saving or done % options.log_every == 0:
+        log.write(done)
+    if saving and ranks.first:
+        out, contents = Path(options.out), contents() | dict(step=done)
+        if kept:
+            save(out / f"step_{done}.pt", **contents)
+        save(out / "last.pt", optimizer=optimizer.state_dict(), totals=log.totals, **contents)
+    if stopping and done < options.steps:
+        barrier()  # the first rank has saved
+        ranks.say(f"stopped at step {done}; the same command resumes there")
+        sys.exit(143)
 
 
 # ======== the log ========
@@ -692,15 +679,16 @@ class Log:
         self.heard = torch.zeros(2, dtype=torch.float64)  # samples, bad recordings
         self.times = []  # of the first steps
         if ranks.first:
-            # What was logged after the last checkpoint comes again.
+            # What was logged after the last checkpoint comes again, also a line that was cut off.
             lines = self.path.read_text().splitlines(keepends=True)
-            write_text(self.path, "".join(line for line in lines if step_of(line) <= first))
-            decay = options.warmup_steps + options.hold_steps
-            print(f"{options.out}: {options.preset}, {length} steps, rate {options.lr} (warm-up of "
+            write_text(self.path, "".join(
+                line for line in lines
+                if line.endswith("\n") and json.loads(line)["step"] <= first))
+        decay = options.warmup_steps + options.hold_steps
+        ranks.say(f"{options.out}: {options.preset}, {length} steps on {ranks.world} x "
+                  f"{ranks.device}, from step {first}; rate {options.lr}, warm-up of "
                   f"{options.warmup_steps} steps"
-                  + f", decay from step {decay}" * (decay < options.steps)
-                  + f") on {ranks.world} x {ranks.device}"
-                  + f", from step {first}" * bool(first), flush=True)
+                  + f", decay from step {decay}" * (decay < options.steps))
 
     def hear(self, micro_batches):
         for batch in micro_batches:
@@ -716,9 +704,9 @@ class Log:
         if len(self.times) < 6 and "grad_norm" in metrics:
             self.times.append(time.time())
             left = (self.times[-1] - self.times[0]) / 5 * self.length  # the first is often slower
-            if len(self.times) == 6 and left > 1800 and self.ranks.first:
-                print(f"{self.length} steps will take about {left / 3600:.1f} h. {self.advice}",
-                      flush=True)
+            if len(self.times) == 6 and left > 1800:
+                self.ranks.say(
+                    f"{self.length} steps will take about {left / 3600:.1f} h. {self.advice}")
 
     def write(self, step):
         """Every rank has to call it, because it sums what all ranks heard. Skipped steps need no
@@ -739,12 +727,12 @@ class Log:
         totals["seconds"] += seconds
         totals["audio_seconds"] += audio
         totals["bad_recordings"] += int(bad)
-        self.record = {"step": step, **means, "audio_s_per_s": audio / seconds, **totals}
+        record = {"step": step, **means, "audio_s_per_s": audio / seconds, **totals}
+        # JSON knows neither NaN nor infinity.
+        self.record = {name: x if math.isfinite(x) else None for name, x in record.items()}
         self.metrics, self.began = [], time.time()
         self.heard.zero_()
         if self.ranks.first:
-            # JSON knows neither NaN nor infinity.
-            self.record = {n: x if math.isfinite(x) else None for n, x in self.record.items()}
             with open(self.path, "a") as file:
                 file.write(json.dumps(self.record) + "\n")
             self.show(step)
@@ -758,13 +746,6 @@ class Log:
             words.append("(warning: the codebooks are collapsing)")
         left = self.totals["seconds"] / max(1, step) * (self.length - step) / 60
         print(f"step {step}/{self.length}", *words, f"{left:.1f} min left", flush=True)
-
-
-def step_of(line):
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # cut off when the run was killed
-        return math.inf
 
 
 # ======== how a run ends ========
@@ -794,16 +775,15 @@ class Stop:
 
 
 def finished(options, ranks):
-    if ranks.first:
-        print(f"{options.out}: finished; nothing to do")
+    ranks.say(f"{options.out}: finished; nothing to do")
 
 
 def summary(log, what):
     """What a stage has done, how long it took and how it ended."""
-    t, out = log.totals, log.options.out
-    hours, minutes = t["audio_seconds"] / 3600, t["seconds"] / 60
-    print(f"{out}: {what}, {hours:.1f} h of audio, {minutes:.1f} min; {t['skipped']} steps "
-          f"skipped, {t['bad_recordings']} recordings skipped")
+    totals = log.totals
+    hours, minutes = totals["audio_seconds"] / 3600, totals["seconds"] / 60
+    print(f"{log.options.out}: {what}, {hours:.1f} h of audio, {minutes:.1f} min; skipped: "
+          f"{totals['skipped']} steps, {totals['bad_recordings']} recordings")
     shown = "loss target_ppl pred_ppl accuracy active phone_accuracy valid_loss".split()
     print("last:", *(f"{name} {log.record[name]:.3f}" for name in shown if log.record.get(name)))
 
