@@ -16,6 +16,7 @@ and how far it moved, and another what can be known without labels: the loss, th
 codewords in use on the audio held out, before and after. With --items it also scores ABX.
 """
 
+import copy
 import json
 import sys
 from dataclasses import dataclass
@@ -157,8 +158,7 @@ def main():
     unlabelled = data.Batches(rows, model.config, options, ranks.world * options.accumulate)
 
     # ======== model, optimizer ========
-    before = [[linear.weight.detach().clone() for linear in linears(layer)]
-              for layer in model.student.layers]
+    before = copy.deepcopy(model.student.layers)
     model.freeze_front_end()
     if options.method != "full":
         add_adapters(model, options)
@@ -172,7 +172,7 @@ def main():
         score(options, ranks, "after", options.out)
         return pretrain.finished(options, ranks)
     score(options, ranks, "before", options.init)
-    log = Log(options, ranks, options.steps, first, totals, advice(options, ranks, model))
+    log = Log(options, ranks, options.steps, first, totals, advice(ranks, model))
     stop = Stop(ranks)
 
     # ======== loop ========
@@ -195,10 +195,7 @@ def main():
             lambda: pretrain.validate(model, held_out, options, ranks),
             lambda: dict(state=merged(model), unmerged=model.state_dict(), inventories=inventory))
     if ranks.first:
-        what = f"{options.method}, {options.steps} steps on {seconds_of(rows) / 60:.1f} min"
-        pretrain.summary(log, what)
-        print_changes(model, before)
-        print_held_out(log.path)
+        report(log, rows, model.student.layers, before)
     score(options, ranks, "after", options.out)
     ranks.say(f"next: python evaluate.py units --model {options.out} --audio FOLDER "
               "--out units.jsonl")
@@ -227,22 +224,24 @@ def merged(model):
 
 
 @torch.no_grad()
-def print_changes(model, before):
-    """By layer: rank, trained parameters, |W - W0| / |W0| over its four products."""
+def report(log, rows, layers, before):
+    """What was done; by layer: rank, trained parameters, |W - W0| / |W0| over its four products;
+    how the model does on the audio held out."""
+    method, minutes = log.options.method, seconds_of(rows) / 60
+    pretrain.summary(log, f"{method}, {log.options.steps} steps on {minutes:.1f} min")
     print(f"{'layer':>5} {'rank':>5} {'trained':>10} {'change':>9}")
-    for i, (layer, old) in enumerate(zip(model.student.layers, before), 1):
-        weights = [linear.weight for linear in linears(layer)]
+    for i, (layer, old) in enumerate(zip(layers, before), 1):
         rank = "full"
         if parametrize.is_parametrized(layer.attention.qkv):
             rank = len(layer.attention.qkv.parametrizations.weight[0].A)
         trained = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-        moved = sum((w - w0).square().sum() for w, w0 in zip(weights, old)).sqrt()
-        change = moved / sum(w0.square().sum() for w0 in old).sqrt()
-        print(f"{i:>5} {rank:>5} {trained:>10} {change:>9.2e}")
+        W, W0 = (torch.cat([linear.weight.flatten() for linear in linears(one)])
+                 for one in (layer, old))
+        print(f"{i:>5} {rank:>5} {trained:>10} {(W - W0).norm() / W0.norm():>9.2e}")
+    print_held_out(log.path)
 
 
 def print_held_out(path):
-    """What can be known without labels: how the model does on the audio held out."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records = [record for record in records if record.get("valid_loss") is not None]
     if not records:
@@ -303,7 +302,7 @@ def seconds_of(rows):
     return sum(row.num_samples for row in rows) / data.SAMPLE_RATE
 
 
-def advice(options, ranks, model):
+def advice(ranks, model):
     """What shortens a long adaptation. Of base's size on a CPU it will be long for sure."""
     ways = "fewer --steps, --method lora, or a smaller model as --init"
     if ranks.device.type == "cpu" and model.config.dim >= Config().dim:

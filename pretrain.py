@@ -779,7 +779,6 @@ def finished(options, ranks):
 
 
 def summary(log, what):
-    """What a stage has done, how long it took and how it ended."""
     totals = log.totals
     hours, minutes = totals["audio_seconds"] / 3600, totals["seconds"] / 60
     print(f"{log.options.out}: {what}, {hours:.1f} h of audio, {minutes:.1f} min; skipped: "
