@@ -349,8 +349,7 @@ class SpidR(nn.Module):
 
     def units(self, wav, lengths=None):
         """The codeword that each head expects, [K, B, T]."""
-        x, valid = self.frames(wav, lengths)  # [B, T, D]
-        stream, outputs = self.student(x, valid)
+        stream, outputs = self.student(*self.frames(wav, lengths))
         inputs = self.head_inputs(stream, outputs)  # K times [B, T, D]
         return torch.stack([head(x).argmax(-1) for head, x in zip(self.heads, inputs)])
 
@@ -478,9 +477,7 @@ class SpidR(nn.Module):
             torch._foreach_lerp_(teacher, student, 1 - decay)  # (6)
             # The positional convolution is copied, as long as the teacher moves: so both agree on
             # where a frame is.
-            teacher = self.teacher.pos_conv_embed.parameters()
-            for theirs, ours in zip(teacher, self.student.pos_conv_embed.parameters()):
-                theirs.copy_(ours)
+            self.teacher.pos_conv_embed.load_state_dict(self.student.pos_conv_embed.state_dict())
         return decay
 
     def freeze_front_end(self):
@@ -892,8 +889,6 @@ def main():
 @torch.no_grad()
 def describe(model):
     """The shape of a second of audio after each part, and the part's parameters."""
-    c = model.config
-
     def line(name, part, x=None):
         parameters = sum(p.numel() for p in part.parameters()) / 1e6
         print(f"{name:30} {'' if x is None else str(tuple(x.shape)):18} {parameters:8.3f} M")
@@ -906,7 +901,7 @@ def describe(model):
     line("projection", model.feature_projection, x)
     line("positions", model.student.pos_conv_embed, model.student.pos_conv_embed(x))
     for i, (layer, x) in enumerate(zip(model.student.layers, model.student(x)[1]), 1):
-        k = i - 1 - c.layers + c.codebooks
+        k = i - 1 - model.config.layers + model.config.codebooks
         line(f"layer {i}" + f", head and codebook {k}" * (k >= 0), layer, x)
     line("heads", model.heads)
     line("teacher", model.teacher)
