@@ -302,11 +302,19 @@ class Episodes:
         self.common = config, options, team.world * options.accumulate
         self.labelled_rows, self.rows = by_language(labelled_rows), []
         for language, members in by_language(rows).items():
-            problem = self.problem(language, members, supervised)
-            if not problem:
-                self.rows += members
-            else:
+            seconds, problem = [row.num_samples / data.SAMPLE_RATE for row in members], ""
+            if not language:
+                problem = f"{members[0].where} and {len(members) - 1} more have none"
+            elif supervised and language not in self.labelled_rows:
+                problem = "no --alignments, which FOBLO's outer loop needs"
+            elif sum(seconds) < options.chunk_min_seconds:
+                problem = f"{sum(seconds):.0f} s of audio, less than --chunk-min-seconds"
+            elif max(seconds) > options.chunk_seconds:
+                problem = f"a recording of {max(seconds):.0f} s is longer than --chunk-seconds"
+            if problem:
                 ranks.say(f"left out: language {language!r}: {problem}", file=sys.stderr)
+            else:
+                self.rows += members
         require(self.rows, "no language that meta-training could use")
         self.tasks, draw = [], itertools.count()
         while len(self.tasks) < options.updates * options.workers:
@@ -316,20 +324,6 @@ class Episodes:
                 data.Batches(rows, *self.common)
             except InputError as error:
                 raise InputError(f"a task of {language}: {error}") from None
-
-    def problem(self, language, members, supervised):
-        """Why a language cannot be a task."""
-        seconds = [row.num_samples / data.SAMPLE_RATE for row in members]
-        _, options, _ = self.common
-        if not language:
-            return f"{members[0].where} and {len(members) - 1} more have none"
-        if supervised and language not in self.labelled_rows:
-            return "no --alignments, which FOBLO's outer loop needs"
-        if sum(seconds) < options.chunk_min_seconds:
-            return f"{sum(seconds):.0f} s of audio, less than --chunk-min-seconds"
-        if max(seconds) > options.chunk_seconds:
-            return f"a recording of {max(seconds):.0f} s is longer than --chunk-seconds"
-        return ""
 
     def __call__(self, number):
         language, rows = self.tasks[number]
