@@ -8,12 +8,13 @@ In: a run or checkpoint of any stage, or a released one, and a folder or manifes
 --out, whose last.pt is a plain SpidR. The steps are those of self-supervised pretraining, with
 
     fresh codebooks and heads at the start                        (11) active forgetting
-    a frozen downsampler, projection and teacher
+    a frozen downsampler and projection, and a frozen teacher
     W = W0 + B A in the place of W0, with --method lora or dama   (12) low-rank updates
 
 A tenth of the audio is held out. At the end a table tells for each layer its rank, what was trained
 and how far it moved, and another what can be known without labels: the loss, the accuracy and the
-codewords in use on the audio held out, before and after. With --items it also scores ABX.
+codewords in use on the audio held out, before the first step (after forgetting) and at the end.
+With --items it also scores ABX. In preset small the teacher moves and nothing is forgotten.
 """
 
 import copy
@@ -80,7 +81,8 @@ PRESETS = {
 
 
 def steps_for(hours):
-    """Between 4,000 steps for ten minutes and 24,000 for a hundred hours, by the logarithm."""
+    """4,000 for ten minutes, 8,000 for an hour, 16,000 for ten, 24,000 for a hundred; in between
+    linear in the logarithm of the hours."""
     amounts = np.log10([1 / 6, 1, 10, 100])
     return int(np.interp(np.log10(hours), amounts, [4_000, 8_000, 16_000, 24_000]))
 
@@ -109,7 +111,8 @@ class LowRank(nn.Module):
 
 
 def dama_ranks(layers, rank_max, rank_min):
-    """(12) The U over depth: down over the first third, low in the middle, up over the last."""
+    """(12) The U over depth: down over the first third of the layers, low in the middle third, up
+    over the last. Of 12 layers and 32 to 1: 32, 22, 11, 1, then 1, 1, 1, 1, then 1, 11, 22, 32."""
     third = max(1, layers // 3)
     down = [round(r) for r in np.linspace(rank_max, rank_min, third)]  # (12)
     return down + [rank_min] * (layers - 2 * third) + down[::-1]
@@ -121,15 +124,15 @@ def linears(layer):
 
 
 def add_adapters(model, options):
-    """After this only the adapters, the heads and, by their averages, the codebooks move."""
+    """In the student only the adapters are left to train. Heads train as ever, codebooks follow."""
     for part in model.student, model.supervised_classifiers, model.mask_embedding:
         part.requires_grad_(False)
     dama, layers = options.method == "dama", len(model.student.layers)
     third = max(1, layers // 3)
-    ranks = [options.rank_max] * layers
+    layer_ranks = [options.rank_max] * layers
     if dama:
-        ranks = dama_ranks(layers, options.rank_max, options.rank_min)
-    for i, (layer, rank) in enumerate(zip(model.student.layers, ranks)):
+        layer_ranks = dama_ranks(layers, options.rank_max, options.rank_min)
+    for i, (layer, rank) in enumerate(zip(model.student.layers, layer_ranks)):
         frozen = dama and (options.basis == "all" or third <= i < layers - third)
         for linear in linears(layer):
             adapter = LowRank(linear.weight.data, rank, svd=dama, train_basis=not frozen)

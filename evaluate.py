@@ -1089,6 +1089,8 @@ def lm_batch(sequences, boundary, options, number):
 def lm_step(lm, optimizer, micro_batches, lr, options, ranks):
     """One optimizer step. The loss is a mean over the tokens of all ranks and micro-batches."""
     optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     sums = torch.zeros(2, device=ranks.device)  # loss, tokens
     for tokens in micro_batches:
         with pretrain.autocast(options, ranks):
@@ -1098,9 +1100,9 @@ def lm_step(lm, optimizer, micro_batches, lr, options, ranks):
     gradients = [p.grad for p in pretrain.trained(optimizer)]
     all_sum([*gradients, sums])
     loss, count = sums
-    metrics = pretrain.average_and_clip(optimizer, count, lr, options)
+    metrics = pretrain.average_and_clip(optimizer, count, options)
     optimizer.step()
-    return metrics | {"loss": loss / count}
+    return metrics | {"loss": loss / count, "lr": torch.tensor(lr)}
 
 
 def train_lm(arguments):

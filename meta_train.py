@@ -12,8 +12,8 @@ It looks for an initialisation phi from which a language is quickly learnt witho
 meta-update, and in it for each worker, an episode on one task, some hours of one language:
 
     theta = phi, with fresh codebooks and heads                 (11) active forgetting
-    M self-supervised steps, the inner loop, make it theta_M
-    N supervised steps, the outer loop, on any labelled audio of the language
+    M self-supervised steps, the inner loop, take theta to theta_M
+    N supervised steps, the outer loop, move theta on; they take any labelled audio of the language
     delta += theta - theta_M                                    (8)  FOBLO
     delta += theta - phi                                        (9)  Reptile, the baseline
 
@@ -125,10 +125,10 @@ def make_tasks(rows, options, draw):
 
 
 def forget(model, micro_batches, options, ranks, episode_seed, step_seed):
-    """Fresh codebooks and heads, the same on all ranks of the worker, which share `episode_seed`.
-    Then each head is fitted to the labels of its fresh codebook, at what the student makes of the
-    first step's batches with the first step's dropout, to which `step_seed` belongs. The first step
-    then takes these batches again."""
+    """Codebooks and heads start afresh, alike on all ranks of the worker, which share
+    `episode_seed`. Then each head is fitted to the labels that its new codebook gives on the first
+    step's batches, under the first step's dropout (`step_seed`). The step then takes these batches
+    again."""
     seed_step(*episode_seed)
     for codebook, head in zip(model.codebooks, model.heads):
         codebook.reset()  # (11)
@@ -179,9 +179,9 @@ def load_vector(model, vector):
 
 
 def episode_lr(step, options):
-    """The rate of a step, counted from 0 over all episodes. In self-supervised steps it climbs for
-    `ramp_steps` to the rate that `lr_at` has at the end of the episode, and stays there. In
-    supervised steps it is `lr_at` itself."""
+    """The rate of a step, counted from 0 over all episodes. Supervised steps take `lr_at`. In the
+    self-supervised ones the rate climbs for `ramp_steps` to what `lr_at` will be at the end of the
+    episode, and stays there."""
     length = options.inner_steps + options.outer_steps
     s = step % length
     if options.method == "foblo" and s >= options.inner_steps:

@@ -84,9 +84,9 @@ class Config:
     codebook_decay: float = option(0.9, "a in (5); 1 keeps the codebooks as they are")
     ema_start: float = option(0.999, "b0, where b in (6) starts; 1 keeps the teacher as it is")
     ema_schedule: str = option("exponential", "of b: exponential (SpidR) or linear (DinoSR)")
-    ema_timescale: float = option(20000.0, "steps in which b approaches 1, or has climbed")
+    ema_timescale: float = option(20000.0, "steps: of the exponential, or of the climb")
     ema_threshold: float = option(1e-7, "the teacher stops for good once 1 - b is this small")
-    ema_stop: int = option(0, "a step from which on the teacher stands still; 0: none")
+    ema_stop: int = option(0, "from this step on the teacher is frozen; 0: never")
 
     def __post_init__(self):
         check_config(self)
@@ -376,7 +376,8 @@ class SpidR(nn.Module):
         return loss, self.statistics(losses, log_probs, labels, targets)
 
     def masked_frames(self, wav, mask, lengths=None):
-        """At the masked frames: what the K heads read, [M, D] each, and the targets [K, M, D]."""
+        """Runs student and teacher. At the masked frames: what the K heads read, [M, D] each, and
+        the targets [K, M, D]."""
         x, valid = self.frames(wav, lengths)  # [B, T, D]
         # The indices [M] of the masked ones among all B T frames.
         masked = mask.flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
@@ -458,16 +459,16 @@ class SpidR(nn.Module):
     def ema_decay(self, step):
         """b in (6), which is 1 for good once it is near enough."""
         c = self.config
-        distance = math.exp(-step / c.ema_timescale)  # from 1, where it begins as 1 - b0
-        if c.ema_schedule == "linear":  # down to a tenth: in DinoSR from 0.999 to 0.9999
-            distance = 1 - 0.9 * min(1.0, step / c.ema_timescale)
-        decay = 1 - (1 - c.ema_start) * distance  # (6)
+        remaining = math.exp(-step / c.ema_timescale)  # part of the first distance from 1, 1 - b0
+        if c.ema_schedule == "linear":  # to a tenth of it: in DinoSR b goes from 0.999 to 0.9999
+            remaining = 1 - 0.9 * min(1.0, step / c.ema_timescale)
+        decay = 1 - (1 - c.ema_start) * remaining  # (6)
         stopped = 1 - decay <= c.ema_threshold or 0 < c.ema_stop <= step
         return 1.0 if stopped else decay
 
     @torch.no_grad()
     def update_teacher(self, step):
-        """After optimizer step `step`, counted from 1. Returns the decay."""
+        """After optimizer step `step`, counted from 1, which it remembers. Returns the decay."""
         decay = self.ema_decay(step)
         self.current_step.fill_(step)
         if decay < 1:

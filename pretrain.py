@@ -1,19 +1,19 @@
 """Stage 1: SpidR pretraining from raw audio, and the step that every stage shares.
 
-    python pretrain.py      the toy world and a tiny model, with labels in half of the steps
+    python pretrain.py      the toy world and a tiny model, half of its steps on phone labels
     torchrun --nproc_per_node=16 pretrain.py --manifest train.csv [--alignments phones.csv]
 
 The second is the papers' run: 400,000 steps of 16 x 237.5 s. SpidR (arXiv 2512.20308) learns
-without labels. With --alignments every tenth step is supervised by phones instead, as in the
+without phone labels. With --alignments every tenth step is supervised by phones instead, as in the
 "multi-task pretraining" of SpidR-Adapt (arXiv 2512.21204): [SSL] without, [SSL/SL] with.
 
 Each optimizer step, with the equations' numbers in model.py and README.md:
 
-    for each micro-batch:  loss, stats = model(wav, mask)           (1) to (4), or (7) with labels
+    for each micro-batch:  loss, stats = model(wav, mask)           (1) to (4), or (7)
                            the gradients of the loss and the stats are added up
     over all ranks:        gradients and stats are summed
     optimizer.step()                                                moves the student
-    model.update_codebooks(stats)                                   (5), not after labels
+    model.update_codebooks(stats)                                   (5), not after a supervised step
     decay = model.update_teacher(step)                              (6)
 
 The run's folder, --out, holds config.json, metrics.jsonl, last.pt, step_N.pt. The same command
@@ -128,14 +128,16 @@ PRESETS = {
 
 
 def train_step(model, optimizer, micro_batches, step, lr, options, ranks, supervised_layer=None):
-    """Optimizer step `step`, counted from 1. Supervised, where the layer is given whose output the
-    phone classifier reads.
+    """Optimizer step `step`, counted from 1. It is supervised if `supervised_layer` is given: the
+    layer whose output the phone classifier reads.
 
     The loss is a mean over the frames of all micro-batches and ranks. A micro-batch gives the mean
     over its own frames, so its gradients are weighted by their number, and the sum of all gradients
     is divided by the number of all frames. How a batch is spread over ranks and micro-batches then
     changes nothing but rounding and the draws of dropout."""
     optimizer.zero_grad()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     stats = {}  # sums over the frames of all micro-batches, for (5) and the log
     for i, batch in enumerate(micro_batches, 1):
         wav = batch["wav"].to(ranks.device, non_blocking=True)
@@ -150,7 +152,7 @@ def train_step(model, optimizer, micro_batches, step, lr, options, ranks, superv
         backward_and_sum(loss * part["frames"], model, ranks.group, last)
         stats = {name: stats.get(name, 0) + value for name, value in part.items()}
     all_sum(list(stats.values()), ranks.group)
-    metrics = average_and_clip(optimizer, stats["frames"], lr, options)
+    metrics = average_and_clip(optimizer, stats["frames"], options)
     optimizer.step()
     if supervised_layer:
         for name in "phone_loss", "phone_accuracy":
@@ -159,24 +161,21 @@ def train_step(model, optimizer, micro_batches, step, lr, options, ranks, superv
         model.update_codebooks(stats)  # (5)
         metrics |= model.health(stats)
     decay = model.update_teacher(step)  # (6)
-    metrics["ema"] = torch.tensor(decay)
-    return metrics
+    return metrics | {"lr": torch.tensor(lr), "ema": torch.tensor(decay)}
 
 
-def average_and_clip(optimizer, count, lr, options):
+def average_and_clip(optimizer, count, options):
     """Makes means of the gradients, which are sums over `count` frames, and clips their norm. If
     one is not finite, the optimizer will skip its step."""
     gradients = [p.grad for p in trained(optimizer) if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) / count
     torch._foreach_mul_(gradients, (options.clip / (norm + 1e-6)).clamp(max=1.0) / count)
     # AdamW(fused=True) skips its update where found_inf is 1. That flag is a tensor on the GPU, so
-    # the CPU does not have to wait for it. A sum that is not finite on one rank is not finite on
-    # any, so all ranks skip the same steps.
+    # the CPU does not have to wait for it. A sum is not finite on all ranks or on none, so they all
+    # skip the same steps.
     skipped = (~norm.isfinite()).float()
     optimizer.found_inf = skipped
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return {"grad_norm": norm, "skipped": skipped, "lr": torch.tensor(lr)}
+    return {"grad_norm": norm, "skipped": skipped}
 
 
 def make_optimizer(model, options):

@@ -300,11 +300,11 @@ def test_the_gradient_is_averaged_and_clipped():
     optimizer = torch.optim.SGD([p], lr=1)
     for clip, expected in (10, [3, 4]), (1, [0.6, 0.8]):
         p.grad = torch.tensor([6.0, 8.0])  # sums over two frames
-        metrics = pretrain.average_and_clip(optimizer, 2, 0.1, pretrain.Options(clip=clip))
+        metrics = pretrain.average_and_clip(optimizer, 2, pretrain.Options(clip=clip))
         near(p.grad, expected)
         assert metrics["grad_norm"] == 5 and metrics["skipped"] == 0
     p.grad = torch.tensor([math.nan, 1])
-    assert pretrain.average_and_clip(optimizer, 2, 0.1, pretrain.Options())["skipped"] == 1
+    assert pretrain.average_and_clip(optimizer, 2, pretrain.Options())["skipped"] == 1
 
 
 def test_how_codebooks_begin():
