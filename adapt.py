@@ -187,7 +187,7 @@ def main():
             episode_seed = options.seed, data.STREAM_FORGET
             forget(model, micro_batches, options, ranks, episode_seed, step_seed)  # (11)
         if step == 0 and held_out:
-            log.add(pretrain.validate(model, held_out, options, ranks))
+            log.add(follow(model, held_out, options, ranks))
             log.write(0)
         seed_step(*step_seed)
         metrics = train_step(
@@ -195,7 +195,7 @@ def main():
         log.add(metrics)
         pretrain.end_of_step(
             step + 1, options, ranks, optimizer, log, stop,
-            lambda: pretrain.validate(model, held_out, options, ranks),
+            lambda: follow(model, held_out, options, ranks),
             lambda: dict(state=merged(model), unmerged=model.state_dict(), inventories=inventory))
     if ranks.first:
         report(log, rows, model.student.layers, before)
@@ -244,6 +244,30 @@ def report(log, rows, layers, before):
     print_held_out(log.path)
 
 
+@torch.no_grad()
+def follow(model, held_out, options, ranks):
+    """What can be known without labels: how the model does on the audio held out."""
+    metrics = pretrain.validate(model, held_out, options, ranks)
+    if held_out:
+        counts, V = 0, model.config.codewords
+        model.eval()
+        for i in range(min(20, held_out.per_epoch)):
+            units = model.units(held_out[i]["wav"].to(ranks.device))  # [K, B, T]
+            counts = counts + torch.nn.functional.one_hot(units, V).sum((1, 2))  # [K, V]
+        model.train()
+        shares = counts / counts.sum(1, keepdim=True)
+        metrics["valid_unit_entropy"] = networks.entropy(shares).mean()
+        metrics["valid_units_in_use"] = (counts > 0).sum(1).float().mean()
+    return metrics
+
+
+HELD_OUT = {  # what print_held_out says of each measure
+    "loss": "of guessing the teacher's codewords; a rise means too many steps, often",
+    "accuracy": "share of masked frames whose codeword is guessed right: higher",
+    "unit_entropy": "bits; how evenly the units are used. Toward 0 they collapse",
+    "units_in_use": "of all codewords, a mean over the codebooks"}
+
+
 def print_held_out(path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records = [record for record in records if record.get("valid_loss") is not None]
@@ -251,9 +275,9 @@ def print_held_out(path):
         return
     best = min(records, key=lambda record: record["valid_loss"])
     print("held out           before      after")
-    for name in "loss", "accuracy", "target_ppl", "active":
+    for name, meaning in HELD_OUT.items():
         values = (record[f"valid_{name}"] for record in (records[0], records[-1]))
-        print(f"{name:12}", *(f"{value:10.3f}" for value in values))
+        print(f"{name:14}", *(f"{value:10.3f}" for value in values), f"  {meaning}")
     if records[-1]["valid_loss"] > 1.02 * best["valid_loss"]:
         print(f"warning: the loss on held-out audio has risen since step {best['step']}: so many "
               "steps may be too many for so little audio", file=sys.stderr)
