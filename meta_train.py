@@ -94,7 +94,7 @@ SHORT = dict(
 PRESETS = {
     "base": {},
     "tiny": pretrain.TINY | SHORT | dict(chunk_seconds=240.0, supervised_layer=3),
-    "small": pretrain.SMALL | SHORT | dict(supervised_layer=4),
+    "small": pretrain.SMALL | SHORT | dict(supervised_layer=3),
 }
 
 

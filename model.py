@@ -104,7 +104,7 @@ TINY = dict(
 # small learns from real speech in minutes. Its codebooks forget ten times as slowly as base's,
 # because a step has a hundredth of base's frames.
 SMALL = TINY | dict(
-    dim=192, layers=6, heads=6, ffn=768, init_std=0.04, codebooks=4, codewords=128,
+    dim=192, heads=6, ffn=768, init_std=0.04, codewords=128,
     codebook_decay=0.99, ema_timescale=1000.0)
 PRESETS = {"base": {}, "tiny": TINY, "small": SMALL}
 

@@ -120,7 +120,7 @@ PRESETS = {
     "small": SMALL | dict(
         steps=800, lr=1e-3, lr_floor=0.05, warmup_steps=50, hold_steps=480, decay_steps=270,
         freeze_step=800, mel_steps=200, codebook_start="targets", supervised_every=4,
-        supervised_layer=4, save_every=200, keep_every=200),
+        supervised_layer=3, save_every=200, keep_every=200),
 }
 
 
