@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -77,9 +77,9 @@ def pieces(rows, longest):
     cut = []
     for row in rows:
         n = max(1, row.num_samples // longest)
-        edges = [row.num_samples * i // n for i in range(n + 1)]
-        cut += [row._replace(start=row.start + begin, num_samples=end - begin)
-                for begin, end in zip(edges, edges[1:])]
+        edges = [row.start + row.num_samples * i // n for i in range(n + 1)]
+        cut += [row._replace(start=begin, num_samples=end - begin)
+                for begin, end in pairwise(edges)]
     return cut
 
 
@@ -220,10 +220,9 @@ def read_manifest(path, only=None, minimum=2000):
     if path.is_dir() or path.suffix.lower() in AUDIO:
         return scan(path, only, minimum)
     of_discophon = re.fullmatch(r"manifest-([^-]+)-(.+)\.csv", path.name)  # has no paths
-    for where, line in read_table(str(path), "fileid" if of_discophon else "path"):
+    for where, line in read_table(path, "fileid" if of_discophon else "path"):
         if "path" not in line:
-            name = line["fileid"] + ".wav"
-            line["path"] = os.path.join("..", "audio", *of_discophon.groups(), name)
+            line["path"] = "/".join(["../audio", *of_discophon.groups(), line["fileid"] + ".wav"])
         audio = os.path.join(line["folder"], line["path"])
         length = line.get("num_samples") or line.get("num_frames", "")
         require(length.isdecimal(), f"{where}: num_samples (or num_frames) is {length!r}")
@@ -231,26 +230,24 @@ def read_manifest(path, only=None, minimum=2000):
                         f"{where}: {audio}"))
         names.append(line["path"])
     require(rows, f"{path}: an empty manifest")
-    if not all(row.fileid for row in rows):
-        rows = [row._replace(fileid=row.fileid or id) for row, id in zip(rows, file_ids(names))]
+    rows = [row._replace(fileid=row.fileid or id) for row, id in zip(rows, file_ids(names))]
     return [row for row in rows if only is None or row.fileid in only]
 
 
 def read_table(path, *columns):
     """Yields (where, {column: field}) for each line of a CSV or of a fairseq TSV."""
     csv.field_size_limit(2**31 - 1)  # an hour of phones is one field
-    tsv, folder = path.lower().endswith(".tsv"), os.path.dirname(path)
+    tsv, folder = path.suffix.lower() == ".tsv", os.path.dirname(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = csv.reader(file, csv.excel_tab if tsv else csv.excel)
             header = next(lines, [])
             if tsv:  # Its first line is the folder of the audio.
                 folder, header = os.path.join(folder, *header), ["path", "num_samples"]
-            for column in columns:
-                require(column in header, f"{path}:1: the header has no column {column!r}")
+            require({*columns} <= {*header}, f"{path}:1: the header needs {', '.join(columns)}")
             for line in filter(None, lines):
-                where, found = f"{path}:{lines.line_num}", len(line)
-                require(found == len(header), f"{where}: {found} columns instead of {len(header)}")
+                where = f"{path}:{lines.line_num}"
+                require(len(line) == len(header), f"{where}: {len(header)} columns are needed")
                 yield where, dict(zip(header, line), folder=folder)
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: no audio that is read, nor a CSV or TSV: {error}") from None
@@ -288,8 +285,8 @@ def files_in(folder):
 
 
 def scan(path, only=None, minimum=2000):
-    """The rows of a folder, whose first sub-folder is the language, or of a file. It prints what it
-    leaves out, and why. With `only`, other files are not even opened."""
+    """As read_manifest, of a folder, whose first sub-folder is the language, or of a file. It
+    prints what it leaves out, and why. With `only`, other files are not even opened."""
     files = files_in(path) if path.is_dir() else [path]
     folder = path if path.is_dir() else path.parent
     names = [file.relative_to(folder) for file in files if file.suffix.lower() in AUDIO]
@@ -310,16 +307,16 @@ def scan(path, only=None, minimum=2000):
 def check_audio(rows, minimum, most=2000):
     """The rows that are long enough, after a look at `most` of the files: mistakes show before
     hours are spent."""
-    short = sum(row.num_samples < minimum for row in rows)
-    if short:
-        print(f"left out: {short} recordings of under {minimum} samples", file=sys.stderr)
-        rows = [row for row in rows if row.num_samples >= minimum]
-    require(rows, f"all recordings are shorter than {minimum} samples (--min-samples)")
-    for row, samples, problem in inspect_all(rows[:: math.ceil(len(rows) / most) or 1], minimum):
+    kept = [row for row in rows if row.num_samples >= minimum]
+    if len(kept) < len(rows):
+        print(f"left out: {len(rows) - len(kept)} recordings of under {minimum} samples",
+              file=sys.stderr)
+    require(kept, f"all recordings are shorter than {minimum} samples (--min-samples)")
+    for row, samples, problem in inspect_all(kept[:: math.ceil(len(kept) / most)], minimum):
         require(not problem, f"{row.where}: {problem}")
         require(samples == row.num_samples, f"{row.where}: {row.num_samples} samples stated, "
                 f"the file has {samples} at 16 kHz ('data.py manifest' counts them)")
-    return rows
+    return kept
 
 
 def inspect_all(rows, minimum):
@@ -465,13 +462,12 @@ def alignments_in(path, tier):
         with open(path, encoding="utf-8-sig") as file:
             if file.readline().startswith("#file"):
                 lines = filter(None, map(str.split, file))
-                for fileid, intervals in groupby(lines, key=lambda line: line[0]):
-                    intervals = [interval for _, *interval in intervals]
-                    yield path, fileid, spread(intervals, f"{path}: {fileid}"), ""
+                for fileid, some in groupby(lines, key=lambda line: line[0]):
+                    yield path, fileid, spread([line[1:] for line in some], f"{path}: {fileid}"), ""
                 return
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {error}") from None
-    for where, line in read_table(str(path), "fileid", "phones", "language"):
+    for where, line in read_table(path, "fileid", "phones", "language"):
         yield where, line["fileid"], line["phones"].split(), line["language"]
 
 

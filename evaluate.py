@@ -33,12 +33,12 @@ import os
 import shutil
 import sys
 import zlib
-from collections import Counter, defaultdict, deque, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Callable, NamedTuple
@@ -227,7 +227,7 @@ def abx_cells(pools, groups, tokens, distance):
         ends = np.cumsum([len(numbers) for numbers in pool.values()])
         at = {name: slice(end - len(pool[name]), end) for name, end in zip(pool, ends)}
         x_count = len(pools[context, x_speaker][phone])
-        for x, to_pool in enumerate(islice(rows, x_count)):
+        for x, to_pool in zip(range(x_count), rows):
             to_a = to_pool[at[phone]]
             if x_speaker == who:
                 to_a = np.delete(to_a, x)  # X is never its own A.
@@ -249,9 +249,8 @@ def abx_details(features, item_file, speaker="within", context="within", distanc
     pools = abx_pools(items, context, max_size_group, random)
     groups = abx_groups(pools, speaker, max_x_across, random)
     cells, triples = abx_cells(pools, groups, tokens, distance)
-    speakers, phones = ({getattr(item, name) for item in items} for name in ("speaker", "phone"))
     require(cells, f"{item_file}: no cell for ABX {speaker} speaker, {context} context: no A, B "
-            f"and X among {len(items)} items of {len(speakers)} speaker(s), {len(phones)} phone(s)")
+            f"and X among {len(items)} items, {len({item.speaker for item in items})} speaker(s)")
     # (13) First the mean over contexts and speakers of X, then over speakers of A and B, then over
     # pairs (A, B). Where any context will do, the first two are one mean.
     pairs = defaultdict(list)
@@ -291,23 +290,6 @@ def quality(units, phones, codewords=None, track="many-to-one"):
     measures["bitrate"] = math.log2(codewords or measures["active"]) * kept / seconds
     measures["per"] = phone_error_rate(tracks, phone_of)
     return measures | boundaries(tracks, phone_of)
-
-
-def labelled_tracks(units, phones):
-    """The phones' names, as they occur, and for each file its units and its phones' numbers."""
-    files = [file for file in phones if file in units]
-    require(files, "quality: no file has both units and phones")
-    if units.keys() != phones.keys():
-        print(f"quality: {len(files)} files count; {len(units) - len(files)} files without phones "
-              f"and {len(phones) - len(files)} without units are left out", file=sys.stderr)
-    names = {}
-    tracks = [(np.array(units[file]), np.array([names.setdefault(phone, len(names))
-                                                for phone in phones[file]])) for file in files]
-    for file, (track, labels) in zip(files, tracks):
-        # A recording is up to 3 phones longer than its units.
-        require(abs(2 * len(track) - len(labels)) <= data.ALIGNMENT_SLACK + 3, f"{file}: not of "
-                f"the same audio: {len(track)} units at 50 Hz, {len(labels)} phones at 100 Hz")
-    return [*names], tracks
 
 
 def count_table(tracks, names):
@@ -354,8 +336,7 @@ def one_to_one(table, codewords=None):
     return np.append(likely, range(phones, size))[row_of]
 
 
-MANY, ONE = "many-to-one", "one-to-one"  # DiscoPhon's two tracks
-PHONE_OF = {MANY: many_to_one, ONE: one_to_one}
+PHONE_OF = {"many-to-one": many_to_one, "one-to-one": one_to_one}  # DiscoPhon's two tracks
 
 
 def phone_error_rate(tracks, phone_of):
@@ -363,17 +344,6 @@ def phone_error_rate(tracks, phone_of):
     heard = [dedupe(phone_of[units]) for units, _ in tracks]
     said = [dedupe(labels) for _, labels in tracks]
     return sum(map(edit_distance, heard, said)) / sum(map(len, said))  # (14)
-
-
-def edit_distance(x, y):
-    """How many insertions, deletions and substitutions turn x into y."""
-    steps = np.arange(len(y) + 1, dtype=np.int32)
-    row = steps  # from nothing to the first j labels of y
-    for label in x:
-        longer = row + 1  # x's label is deleted,
-        longer[1:] = np.minimum(longer[1:], row[:-1] + (y != label))  # or it is y's, or made so,
-        row = np.minimum.accumulate(longer - steps) + steps  # or labels of y are inserted
-    return int(row[-1])
 
 
 def boundaries(tracks, phone_of, tolerance=2):
@@ -453,9 +423,8 @@ def pair_accuracy(voices, scores):
     counts the same. voices [(files of the wrong side, of the right side)], scores {file: score}"""
     wins = []
     for wrong, right in voices:
-        margins = np.subtract.outer([scores[file] for file in right],
-                                    [scores[file] for file in wrong])
-        wins.append(np.mean((margins > 0) + (margins == 0) / 2))
+        margins = [scores[one] - scores[other] for one in right for other in wrong]
+        wins.append(fmean((margin > 0) + (margin == 0) / 2 for margin in margins))
     return fmean(wins)
 
 
@@ -554,6 +523,37 @@ def windows(samples, longest):
     return cuts
 
 
+# ======== quality: the files that count, and best matches ========
+
+
+def labelled_tracks(units, phones):
+    """The phones' names, as they occur, and for each file its units and its phones' numbers."""
+    files = [file for file in phones if file in units]
+    require(files, "quality: no file has both units and phones")
+    if units.keys() != phones.keys():
+        print(f"quality: {len(files)} files count; {len(units) - len(files)} files without phones "
+              f"and {len(phones) - len(files)} without units are left out", file=sys.stderr)
+    names, tracks = {}, []
+    for file in files:
+        track, labels = units[file], [names.setdefault(phone, len(names)) for phone in phones[file]]
+        # A recording is up to 3 phones longer than its units.
+        require(abs(2 * len(track) - len(labels)) <= data.ALIGNMENT_SLACK + 3, f"{file}: not of "
+                f"the same audio: {len(track)} units at 50 Hz, {len(labels)} phones at 100 Hz")
+        tracks.append((np.array(track), np.array(labels)))
+    return [*names], tracks
+
+
+def edit_distance(x, y):
+    """How many insertions, deletions and substitutions turn x into y."""
+    steps = np.arange(len(y) + 1, dtype=np.int32)
+    row = steps  # from nothing to the first j labels of y
+    for label in x:
+        longer = row + 1  # x's label is deleted,
+        longer[1:] = np.minimum(longer[1:], row[:-1] + (y != label))  # or it is y's, or made so,
+        row = np.minimum.accumulate(longer - steps) + steps  # or labels of y are inserted
+    return int(row[-1])
+
+
 def assignment(score):
     """The row of each column in the one-to-one assignment with the largest sum of a square matrix.
 
@@ -594,29 +594,42 @@ Item = namedtuple("Item", "file first end phone context speaker")  # frames from
 
 
 def read_items(path):
-    """The items of an item file. Frame i belongs to one if onset <= (i + 1/2) / RATE <= offset.
+    """The items of an item file, or of a CSV of words. Frame i belongs to one if
+    onset <= (i + 1/2) / RATE <= offset.
 
     In decimals: an onset such as 0.29 would fall on the wrong side of a frame in floating point.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file") from None
-    columns = "#file onset offset #phone prev-phone next-phone speaker".split()
-    names, items = lines[0].split() if lines else [], []
-    require(set(columns) <= set(names), f"{path}:1: an item file begins with {' '.join(columns)}")
-    for number, line in enumerate(lines[1:], 2):
-        if not line.strip():
-            continue
+    path, columns, items = Path(path), "file onset offset phone context speaker".split(), []
+    for where, line in (lines_of_words if path.suffix == ".csv" else lines_of_items)(path):
         try:
-            file, onset, offset, phone, before, after, speaker = map(
-                dict(zip(names, line.split())).__getitem__, columns)
+            file, onset, offset, *more = map(line.__getitem__, columns)
             first = math.ceil(Decimal(onset) * RATE - Decimal("0.5"))
             end = math.floor(Decimal(offset) * RATE + Decimal("0.5"))
         except (KeyError, ArithmeticError, ValueError):
-            raise InputError(f"{path}:{number}: not an item: {line[:80]!r}") from None
-        items.append(Item(file, max(first, 0), end, phone, f"{before} {after}", speaker))
+            raise InputError(f"{where}: not an item: {' '.join(line.values())[:80]!r}") from None
+        items.append(Item(file, max(first, 0), end, *more))
     return items
+
+
+def lines_of_items(path):
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    columns = "#file onset offset #phone prev-phone next-phone speaker".split()
+    header, *lines = map(str.split, text.rstrip().split("\n"))
+    require({*columns} <= {*header}, f"{path}:1: an item file begins with {' '.join(columns)}")
+    for number, line in enumerate(lines, 2):
+        fields = {name.strip("#"): value for name, value in zip(header, line)}
+        if {"prev-phone", "next-phone"} <= fields.keys():
+            fields["context"] = f"{fields['prev-phone']} {fields['next-phone']}"
+        yield f"{path}:{number}", fields
+
+
+def lines_of_words(path):
+    """A word that was marked twice or more stands for a phone, in no context."""
+    for where, line in data.read_table(path, "file", "onset", "offset", "word"):
+        name = Path(line["file"])
+        file = name.stem if name.suffix.lower() in data.AUDIO else line["file"]
+        yield where, dict(line, file=file, phone=line["word"], context="",
+                          speaker=line.get("speaker", ""))
 
 
 def abx_tokens(features, items, item_file, distance):
@@ -646,44 +659,40 @@ def abx_tokens(features, items, item_file, distance):
 
 # ======== ABX: many pairs at a time ========
 
-ROWS = 16  # tokens x whose frames are compared with those of a pool in one product of matrices
+ROWS = 32  # tokens x whose frames are compared with those of a pool in one product of matrices
 CHUNK = 1 << 23  # distances of frames that a thread holds at a time
 
 
 def distances(pools, groups, tokens, distance):
     """Yields for each X of these groups its distances [Y] from all tokens of its pool, A and B."""
-    def strung(numbers):  # these tokens' frames, one after the other, and their lengths
-        return torch.cat([tokens[n] for n in numbers]), np.array([len(tokens[n]) for n in numbers])
-
-    def blocks():
-        for (context, who), some in groupby(groups, key=lambda group: group[:2]):
-            y = strung([n for numbers in pools[context, who].values() for n in numbers])
-            for _, _, phone, x_speaker in some:
-                x = pools[context, x_speaker][phone]
-                yield from (strung(x[i : i + ROWS]) + y for i in range(0, len(x), ROWS))
-
-    def chunks(chunk=(), size=0):
-        for block in blocks():
-            chunk, size = [*chunk, block], size + len(block[0]) * len(block[2])
-            if size > CHUNK:
-                yield chunk
-                chunk, size = [], 0
-        yield chunk
-
-    for blocks_done in in_threads(partial(align, distance), chunks()):
-        yield from chain.from_iterable(blocks_done)
+    lengths = np.array([len(token) for token in tokens])
+    chunks, size = [], CHUNK
+    for (context, who), some in groupby(groups, key=lambda group: group[:2]):
+        y = [n for numbers in pools[context, who].values() for n in numbers]
+        x = [n for _, _, phone, x_speaker in some for n in pools[context, x_speaker][phone]]
+        for rows in (x[i : i + ROWS] for i in range(0, len(x), ROWS)):
+            if size >= CHUNK:
+                chunks.append([])
+                size = 0
+            chunks[-1].append((rows, y))
+            size += lengths[rows].sum() * lengths[y].sum()
+    for blocks in in_threads(partial(align, tokens, distance), chunks):
+        yield from chain.from_iterable(blocks)
 
 
-def align(distance, chunk):
-    """For each block (frames of some x [Fx, D], their lengths [X], the same of y) the distances of
-    x and y, [X, Y]. Pairs of like lengths, of whatever block, are padded and aligned together."""
-    tables, pairs, size = [torch.empty(0)], [np.empty((4, 0), int)], 0
-    for x, tx, y, ty in chunk:
+def align(tokens, distance, chunk):
+    """For each block of a chunk, the numbers of tokens x and of tokens y, their distances [X, Y].
+    Pairs of like lengths, of whatever block, are padded and aligned together."""
+    tables, pairs, size = [], [], 0
+    for block in chunk:
+        table = distance(*(torch.cat([tokens[n] for n in numbers]) for numbers in block))
+        tx, ty = (np.array([len(tokens[n]) for n in numbers]) for numbers in block)
         # Frame i of an x and j of a y will be at flat[first + i * row + j].
-        tables.append(distance(x, y).flatten())
-        first = size + (tx.cumsum() - tx)[:, None] * len(y) + ty.cumsum() - ty
-        pairs.append([one.ravel() for one in np.broadcast_arrays(first, len(y), tx[:, None], ty)])
-        size += len(x) * len(y)
+        row = table.shape[1]
+        first = size + (tx.cumsum() - tx)[:, None] * row + ty.cumsum() - ty
+        pairs.append([one.ravel() for one in np.broadcast_arrays(first, row, tx[:, None], ty)])
+        tables.append(table.flatten())
+        size += table.numel()
     flat, (first, row, tx, ty) = torch.cat(tables).numpy(), np.concatenate(pairs, 1)
     d, kinds = np.empty(len(first), np.float32), tx // 6 * 1000 + ty // 6
     for kind in np.unique(kinds):  # pairs whose lengths are alike, in steps of 6 frames
@@ -691,23 +700,19 @@ def align(distance, chunk):
         i, j = np.arange(tx[some].max())[:, None, None], np.arange(ty[some].max())[:, None]
         table = flat.take(first[some] + i * row[some] + j, mode="clip")
         d[some] = dtw(table, tx[some], ty[some])
-    ends = np.cumsum([len(tx) * len(ty) for _, tx, _, ty in chunk])
-    return [part.reshape(-1, len(block[3])) for part, block in zip(np.split(d, ends), chunk)]
+    ends = np.cumsum([len(x) * len(y) for x, y in chunk])
+    return [part.reshape(-1, len(y)) for part, (_, y) in zip(np.split(d, ends), chunk)]
 
 
 def in_threads(work, jobs):
     """Yields work(job) for each job, in order; as many threads as torch uses are at work. Each of
     them works alone: to share out every small operation would cost more than it brings."""
-    threads, waiting = torch.get_num_threads(), deque()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for job in jobs:
-                waiting.append(pool.submit(work, job))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            for i in range(0, len(jobs), 16 * threads):  # so that few results wait
+                yield from pool.map(work, jobs[i : i + 16 * threads])
     finally:
         torch.set_num_threads(threads)
 
@@ -720,8 +725,9 @@ def write_json(path, record):
 
 
 def read_json(path):
+    """What is in the file, {} if there is none."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise InputError(f"{path}: damaged: {error}") from None
 
@@ -740,18 +746,16 @@ def meta_of(path):
 
 
 def write_units(path, units, encoder, layer, deduplicated=False):
-    """Lines {"file", "units"}, DiscoPhon's format, or {"file", "units", "durations"}. The file gets
-    its name when it is whole."""
+    """DiscoPhon's lines {"file", "units"}; deduplicated ones have "durations", too."""
     Path(path).unlink(missing_ok=True)
     write_json(meta_of(path), about(encoder, layer) | dict(codewords=encoder.codewords))
-    part = Path(f"{path}.part")
+    part = f"{path}.part"
     with open(part, "w", encoding="utf-8") as lines:
         for file, x in units:
-            record = dict(file=file, units=x.tolist())
-            if deduplicated:
-                record["units"], record["durations"] = (y.tolist() for y in runs(x))
+            fields = zip(("units", "durations"), runs(x) if deduplicated else [x])
+            record = dict(file=file) | {name: labels.tolist() for name, labels in fields}
             lines.write(json.dumps(record) + "\n")
-    os.replace(part, path)
+    os.replace(part, path)  # only when it is whole
 
 
 def read_labels(path, name):
@@ -782,12 +786,10 @@ def read_phones(path):
 def read_units(path, like=None):
     """-> meta, {file: units [T]}. With `like`, the meta of other units, they must be of the same
     weights and layer; the model's name may differ, since a model may have several."""
-    units = read_labels(path, "units")
-    meta = read_json(meta_of(path)) if meta_of(path).exists() else {}
-    wanted = like or ({"frame_rate": RATE} if meta else {})
-    for key in wanted.keys() & {"hash", "layer", "frame_rate", "codewords"}:
+    units, meta, like = read_labels(path, "units"), read_json(meta_of(path)), like or {}
+    for key in like.keys() & {"hash", "layer", "codewords"}:
         value = meta.get(key)
-        require(value == wanted[key], f"{path}: {key} is {value!r}, not {wanted[key]!r}")
+        require(value == like[key], f"{path}: {key} is {value!r}, not {like[key]!r}")
     most = meta.get("codewords", 1 << 16)
     for file, x in units.items():
         fits = x.ndim == 1 and len(x) and x.dtype == int and 0 <= x.min() and x.max() < most
@@ -812,16 +814,15 @@ def write_features(folder, features, encoder, layer):
 
 def read_features(folder, files):
     """{file: [T, D]} of those files whose .npy is in the folder, and its meta.json."""
-    path, features = Path(folder, "meta.json"), {}
-    try:
-        meta = json.loads(path.read_text()) if path.exists() else {}
-        for file in files:
-            path = Path(folder, data.file_name(file, folder) + ".npy")
+    features = {}
+    for file in files:
+        path = Path(folder, data.file_name(file, folder) + ".npy")
+        try:
             if path.exists():
                 features[file] = torch.from_numpy(np.load(path))
-    except (ValueError, TypeError, EOFError) as error:
-        raise InputError(f"{path}: damaged, or no array of numbers: {error}") from None
-    return features, meta
+        except (ValueError, TypeError, EOFError) as error:
+            raise InputError(f"{path}: damaged, or no array of numbers: {error}") from None
+    return features, read_json(Path(folder, "meta.json"))
 
 
 # ======== the verbs features, units, abx, quality ========
@@ -835,27 +836,27 @@ def print_row(name, *cells):
 
 def write_outputs(args):
     """The verbs features and units."""
-    units, phones, grids = args.verb == "units", {}, getattr(args, "textgrid", None)
-    targets = [path for path in (args.out, grids) if path]
+    units = args.verb == "units"
+    targets = [path for path in (args.out, units and args.textgrid) if path]
     require(targets, "units takes --out, --textgrid, or both")
     for path in targets:
         require(not Path(path).exists(), f"{path} is there already: name another one, or remove it")
     rows = data.read_manifest(args.audio)
     for row in rows:
         data.file_name(row.fileid, row.where)
-    if grids and args.alignments:
-        phones = read_phones(args.alignments)
     encoder = load_encoder(args.model)
     layer = encoder.layer(args.layer, units)
     frames = ((file, x[layer]) for file, x in extract(rows, encoder, [layer], units, args.longest))
-    if grids:
-        frames = with_textgrids(frames, rows, Path(grids), phones)
+    if units and args.textgrid:
+        phones = read_phones(args.alignments) if args.alignments else {}
+        frames = with_textgrids(frames, rows, Path(args.textgrid), phones)
     if not units:
         write_features(args.out, frames, encoder, layer)
     elif args.out:
         write_units(args.out, frames, encoder, layer, args.dedupe)
     else:
-        deque(frames, maxlen=0)  # only the TextGrids are wanted
+        for _ in frames:  # only the TextGrids are wanted
+            pass
     print(f"{len(rows)} recordings, {args.verb} of layer {layer} of {encoder.name}, {RATE} a "
           f"second: {', '.join(targets)}")
 
@@ -873,13 +874,11 @@ def with_textgrids(units, rows, folder, phones):
 
 
 def intervals(labels, step, end):
-    """[(onset, offset, label)] in seconds of each run of equal labels, one every `step` seconds."""
-    boxes, at = [], 0
-    for label, repeated in groupby(labels):
-        onset, at = at, at + len([*repeated])
-        if onset * step < end:  # an alignment may be a little longer than its recording
-            boxes.append((onset * step, min(at * step, end), str(label)))
-    return boxes
+    """[(onset, offset, label)] in seconds of each run of equal labels, one every `step` seconds.
+    What lies beyond the end is cut off: an alignment may be a little longer than its recording."""
+    edges = [i for i in range(len(labels)) if i == 0 or labels[i] != labels[i - 1]]
+    return [(i * step, min(j * step, end), str(labels[i]))
+            for i, j in zip(edges, [*edges[1:], len(labels)]) if i * step < end]
 
 
 def units_of(rows, encoder, layer=None):
@@ -893,7 +892,6 @@ def abx_by_layer(args):
     files = {item.file for item in read_items(args.items)}
     if args.features:
         features, meta = read_features(args.features, files)
-        require(meta.get("frame_rate", RATE) == RATE, f"{args.features}: not at {RATE} Hz")
         yield meta.get("layer", "-"), features
         return
     rows, encoder = data.read_manifest(args.audio, only=files), load_encoder(args.model)
@@ -915,24 +913,23 @@ def run_abx(args):
     print_row("ABX error, %", "layer", *(f"{speaker} speakers" for speaker in speakers))
     records = []
     for layer, features in abx_by_layer(args):
-        scored, problem = {}, None
+        scored, notes = {}, set()
         for speaker in speakers:
             try:
-                scored[speaker] = abx_details(
+                scored[speaker] = details = abx_details(
                     features, args.items, speaker, args.context, args.distance,
                     args.max_size_group, args.max_x_across, args.seed)
+                notes.add(details["note"])
             except InputError as error:  # of a single speaker there is no ABX across
-                problem = error
-        if not scored:
-            raise problem
+                notes.add(str(error))
+        require(scored, "; ".join(notes))
         shown = (scored[one]["error"] if one in scored else "-" for one in speakers)
         print_row(args.model or args.features, layer, *shown)
         records += [dict(layer=layer) | one for one in scored.values()]
-    last = next(iter(scored.values()))
-    print(f"{last['items']:,} items, {args.context} context, {args.distance} distance:", "; ".join(
-        f"{x['triples']:,} triples in {x['cells']:,} cells {x['speaker']} speakers"
-        for x in scored.values()))
-    for message in filter(None, (last["note"], problem)):
+    for one in scored.values():
+        print(f"{one['speaker']} speakers, {args.context} context, {args.distance} distance: "
+              f"{one['items']:,} items, {one['cells']:,} cells, {one['triples']:,} triples")
+    for message in sorted(notes - {""}):
         print(message, file=sys.stderr)
     if args.out:
         write_json(args.out, records)
@@ -976,6 +973,7 @@ SpidR, 20 VoxPopuli languages, adapted to        0   10 min   1 h   10 h
     ABX of features, layer 6                  6.57     6.24   5.53   5.09
     PNMI, layer 7                             59.8     64.1   65.4   65.6
 docs/evaluation.md has the leaderboard"""
+DISCOVERY = "pnmi", "per", "f1", "r_value"
 ABX_COLUMNS = "units within", "units across", "features within", "features across"
 
 
@@ -985,13 +983,13 @@ def run_discophon(args):
     layer = encoder.layer(args.layer, units=True)
     there = sorted(path.parent.name for path in root.glob(f"audio/*/{args.split}"))
     languages = args.languages.split(",") if args.languages else there
-    missing, others = sorted({*languages} - {*there}), sorted({*there} - {*LANGUAGES})
-    require(languages and not missing,
-            f"{root}: no audio/CODE/{args.split}{' of ' * bool(missing)}{', '.join(missing)}")
-    require(args.languages or not others, f"{root}: {', '.join(others)} is not a language of "
-            "DiscoPhon; to score it all the same, name it with --languages")
+    missing, others = {*languages} - {*there}, {*there} - {*LANGUAGES}
+    require(there and not missing,
+            f"{root}: no audio/CODE/{args.split} of {', '.join(sorted(missing)) or 'any'}")
+    require(args.languages or not others, f"{root}: {', '.join(sorted(others))} is not a language "
+            "of DiscoPhon; to score it all the same, name it with --languages")
     out.mkdir(parents=True, exist_ok=True)
-    columns = ["pnmi", "per", "f1", "r_value", *ABX_COLUMNS[: None if args.track == MANY else 0]]
+    columns = DISCOVERY + (ABX_COLUMNS if args.track == "many-to-one" else ())
     print_row(f"layer {layer}, all in %", *(MEASURES.get(name, [name])[0] for name in columns))
     results = {}
     for code in languages:
@@ -1008,32 +1006,31 @@ def run_discophon(args):
 def discover(root, out, encoder, layer, code, args):
     """The measures of one language, in percent."""
     name, measures = f"{code}-{args.split}", {}
-    if args.track != MANY and code in LANGUAGES:
+    if args.track == "one-to-one" and code in LANGUAGES:
         require(encoder.codewords == LANGUAGES[code] + 1, f"one-to-one: {code} has "
                 f"{LANGUAGES[code]} phones and silence, {encoder.name} {encoder.codewords} units")
     rows = data.read_manifest(root / "audio" / code / args.split)
     units = units_of(rows, encoder, layer)
     write_units(out / f"units-{name}.jsonl", units.items(), encoder, layer)
-    alignment, items = (root / "alignment" / f"alignment-{name}.txt",
-                        root / "item" / f"triphone-{name}.item")
+    alignment, items = root / f"alignment/alignment-{name}.txt", root / f"item/triphone-{name}.item"
+    for path in alignment, items:
+        if not path.exists():
+            print(f"{path} is not there", file=sys.stderr)
     if alignment.exists():
         of_units = quality(units, read_phones(alignment), encoder.codewords, args.track)
-        measures = {key: 100 * of_units[key] for key in ("pnmi", "per", "f1", "r_value")}
-    if items.exists() and args.track == MANY:
+        measures = {key: 100 * of_units[key] for key in DISCOVERY}
+    if items.exists() and args.track == "many-to-one":
         files = {item.file for item in read_items(items)}
         rows = [row for row in rows if row.fileid in files]
         frames = {file: x[layer] for file, x in extract(rows, encoder, [layer])}
         if args.keep_features:
             write_features(out / f"features-{name}", frames.items(), encoder, layer)
-        for kind, features, distance in (("units", units, "identity"),
-                                         ("features", frames, "angular")):
-            for speaker in "within", "across":
-                measures[f"{kind} {speaker}"] = abx(
-                    features, items, speaker, distance=distance,
-                    max_size_group=args.max_size_group, max_x_across=args.max_x_across)
-    for path in alignment, items:
-        if not path.exists():
-            print(f"{path} is not there", file=sys.stderr)
+        for column in ABX_COLUMNS:
+            kind, speaker = column.split()
+            features, distance = (units, "identity") if kind == "units" else (frames, "angular")
+            measures[column] = abx(
+                features, items, speaker, distance=distance, max_size_group=args.max_size_group,
+                max_x_across=args.max_x_across)
     return measures
 
 
@@ -1117,12 +1114,11 @@ def train_lm(arguments):
 
     # ======== data, model, optimizer ========
     header, units = read_units(options.units)
-    require({"hash", "layer", "codewords", "model"} <= header.keys(),
-            f"{meta_of(options.units)} is missing or incomplete: it says whose units they are")
+    require(header, f"{meta_of(options.units)} is missing: it says whose units they are")
     sequences = sorted(map(dedupe, units.values()), key=len)
-    valid = list(read_units(options.valid, like=header)[1].values()) if options.valid else []
-    names = "layers", "dim", "heads", "context"
-    sizes = {name: getattr(options, name) for name in names} | dict(codewords=header["codewords"])
+    valid = read_units(options.valid, like=header)[1] if options.valid else {}
+    sizes = dict(codewords=header["codewords"], layers=options.layers, dim=options.dim,
+                 heads=options.heads, context=options.context)
     lm = UnitLM(**sizes, dropout=options.dropout).to(ranks.device)
     optimizer = pretrain.make_optimizer(lm, options)
 
@@ -1152,9 +1148,8 @@ def train_lm(arguments):
 
 
 def validate_lm(lm, units):
-    if not units:
-        return {}
-    return {"valid_loss": -torch.tensor([score_units(lm, x) for x in units]).mean()}
+    losses = [-score_units(lm, x) for x in units.values()]
+    return {"valid_loss": torch.tensor(losses).mean()} if losses else {}
 
 
 def load_lm(path, device=DEVICE):
@@ -1178,13 +1173,11 @@ BANDS = {"oov": 0, "1 to 5": 5, "6 to 20": 20, "21 to 100": 100, "above 100": ma
 
 def groups_of(column, row):
     """What a pair counts in: all, and its type, or the band of its word's frequency."""
-    if column == "type":
-        return ["all", f"type {row['type']}"]
-    if column is None:
-        return ["all"]
-    count = 0 if row["frequency"] == "oov" else float(row["frequency"])
-    band = next(name for name, most in BANDS.items() if 0 <= count <= most)
-    return ["all", f"frequency {band}"] + ["in vocabulary"] * (count > 0)
+    if column == "frequency":
+        count = 0 if row["frequency"] == "oov" else float(row["frequency"])
+        band = next(name for name, most in BANDS.items() if 0 <= count <= most)
+        return ["all", f"frequency {band}"] + ["in vocabulary"] * (count > 0)
+    return ["all", f"type {row['type']}"] if column else ["all"]
 
 
 def read_pairs(folder, column):
@@ -1199,10 +1192,9 @@ def read_pairs(folder, column):
                      correct=str(int(name.endswith("_correct")))) for name in names]
     for number, row in enumerate(rows, 2):
         try:
-            groups, voices = pairs.setdefault(row["id"], (groups_of(column, row), {}))
+            _, voices = pairs.setdefault(row["id"], (groups_of(column, row), {}))
             sides = voices.setdefault(row["voice"], ([], []))
-            side = sides[{"0": 0, "1": 1}[row["correct"]]]
-            side.append(row["filename"].removesuffix(".wav"))
+            sides[["0", "1"].index(row["correct"])].append(row["filename"].removesuffix(".wav"))
         except (KeyError, ValueError, StopIteration) as error:
             raise InputError(f"{path}:{number}: id, filename, voice, correct (0 or 1) and "
                              f"{column} are needed: {error!r}") from None
@@ -1221,8 +1213,8 @@ def units_of_files(args, header, folder, names):
         require(encoder.hash == header["hash"], f"--model {args.model}: other weights than those "
                 f"of {header['model']}, on whose units --lm {args.lm} was trained")
         units = units_of(rows, encoder, header["layer"])
-    for name in names:
-        require(name in units, f"{args.units or folder}: no units of {name}")
+    missing = sorted({*names} - units.keys())
+    require(not missing, f"{args.units or folder}: no units of {', '.join(missing[:9])}")
     return units
 
 
@@ -1270,7 +1262,8 @@ OPTIONS = {
     "--longest": dict(type=positive, default=60, help="seconds; above them in windows [60]"),
     "--dedupe": dict(action="store_true", help="units without repetitions, and their durations"),
     "--textgrid": dict(help="a folder for a TextGrid of each recording, for Praat or ELAN"),
-    "--track": dict(choices=[*PHONE_OF], default=MANY, help="whether units may share a phone"),
+    "--track": dict(choices=[*PHONE_OF], default="many-to-one",
+                    help="whether units may share a phone"),
     "--speaker": dict(choices=["within", "across", "both"], default="both"),
     "--context": dict(choices=["within", "any"], default="within"),
     "--distance": dict(choices=[*DISTANCES], default="angular"),
@@ -1283,7 +1276,6 @@ OPTIONS = {
     "--out": dict(help="a folder; units: JSONL, abx, quality: JSON"),
 }
 # Each verb's function and options; those with ! are needed.
-PAIRS = run_pairs, "--lm! --data! --model --units --out"
 VERBS = {
     "features": (write_outputs, "--model! --audio! --out! --layer --longest"),
     "units": (write_outputs, "--model! --audio! --out --layer --longest --dedupe --textgrid "
@@ -1294,7 +1286,7 @@ VERBS = {
     "discophon": (run_discophon, "--model! --data! --out! --languages --split --layer --track "
                                  "--max-size-group --max-x-across --keep-features"),
     "lm": (None, ""),
-    **dict.fromkeys(TASKS, PAIRS),
+    **dict.fromkeys(TASKS, (run_pairs, "--lm! --data! --model --units --out")),
 }
 
 
@@ -1306,8 +1298,8 @@ def parse(arguments=None):
         command = verbs.add_parser(verb, allow_abbrev=False)
         command.set_defaults(function=function)
         for name in options.split():
-            needed = {"required": True} if name.endswith("!") else {}
-            command.add_argument(name.rstrip("!"), **OPTIONS[name.rstrip("!")], **needed)
+            flag = name.rstrip("!")
+            command.add_argument(flag, required=flag != name, **OPTIONS[flag])
     return parser.parse_args(arguments)
 
 

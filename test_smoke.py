@@ -1513,6 +1513,20 @@ def test_abx_says_what_it_leaves_out(tmp_path, cli):
     complains(rf"{items.name}:{len(lines) + 1}: not an item", evaluate.abx, features, items)
 
 
+def test_words_of_one_s_own_are_items(tmp_path, cli):
+    features, items = abx_world(tmp_path)
+    header, *lines = map(str.split, items.read_text().splitlines())
+    words = ["file,onset,offset,word,speaker"]
+    words += [f"{file}.wav,{onset},{offset},{word},{speaker}"
+              for file, onset, offset, word, _, _, speaker in lines]
+    Path("words.csv").write_text("\n".join(words))
+    for speaker in "within", "across":
+        assert evaluate.abx(features, "words.csv", speaker) == \
+            pytest.approx(evaluate.abx(features, items, speaker, context="any"))
+    Path("words.csv").write_text("file,onset,offset,word\nf0,x,1,a\n")
+    complains("words.csv:2: not an item", evaluate.read_items, "words.csv")
+
+
 # ======== evaluation: quality, features, units ========
 
 
@@ -1934,12 +1948,15 @@ def test_the_readme_s_commands_run(cli, toy, small_presets):
                  "recordings target/goxi, lexical lm/lexical, "
                  " syntactic lm/syntactic, tsc lm/tsc, dev-clean.item "
                  "eval/goxi.item, phones.csv train_alignments.csv, phonetic/dev-clean eval/goxi, "
-                 "DISCOPHON discophon, mine.txt target/goxi_alignments.csv").split(", "):
+                 "DISCOPHON discophon, textgrids target/goxi_alignments.csv").split(", "):
         name, path = pair.split()
         Path(name).symlink_to(toy / path)
     for name in "foblo_ssl_sl", "spidr_base":  # a path goes before a released model's name
         Path(name).symlink_to("runs/pretrain")
 
+    Path("words.csv").write_text("file,onset,offset,word\n" + "".join(
+        f"{line.split()[0]},{','.join(line.split()[1:4])}\n"
+        for line in (toy / "target/goxi.item").read_text().splitlines()[1:]))
     pages = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
     lines = [x for page in pages for x in page.read_text().splitlines() if x.startswith("    ")]
     others = "test_smoke|extras/(?:experiments|speed|corpora|speech|minimal)"  # have own tests
