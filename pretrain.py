@@ -266,7 +266,7 @@ SCHEDULE = {"warmup_steps", "hold_steps", "decay_steps", "freeze_step"}
 # Numbers must be at least 0, and these must be more.
 POSITIVE = ("steps accumulate log_every save_every crop_multiple mask_span lr clip eps workers "
             "updates inner_steps").split()
-COLLAPSED = 0.5  # usage_entropy: as if fewer than the square root of all codewords were in use
+COLLAPSED = 0.4  # of usage_entropy: of 256 codewords, fewer than 10 are in use
 # What may change when a run resumes: it computes the same, but for rounding and dropout. (If
 # compiled, weight decay also shrinks the norm behind the last layer, which nothing reads.)
 FREE = ("out device compile loaders log_every save_every keep_every restart accumulate items "

@@ -918,7 +918,7 @@ def test_the_log_says_how_a_run_goes(tmp_path, capsys):
     options = pretrain.Options(out=str(tmp_path))
     (tmp_path / "metrics.jsonl").write_text("")
     log = pretrain.Log(options, ONE, 9, 0, None, advice="Take fewer.")
-    for step, usage in (1, 0.8), (2, 0.4):
+    for step, usage in (1, 0.8), (2, 0.3):
         log.add({"usage_entropy": torch.tensor(usage), "skipped": torch.tensor(0.0)})
         log.write(step)
         assert ("collapsing" in capsys.readouterr().out) == (usage < 0.5)
@@ -1905,6 +1905,21 @@ def test_the_readme_names_what_is_there():
     for script, name in names:
         if name not in ("py", "jsonl", "json", "md", "pt", "meta.json", "item"):
             attrgetter(name)(importlib.import_module(script))
+
+
+def test_the_readme_is_a_page_and_quotes_the_very_lines():
+    """Its code stands in extras/minimal.py, in this order; links of all pages lead somewhere."""
+    text = (HERE / "README.md").read_text()
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 2000
+    quoted = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(quoted) == 2 and sum(block.count("\n") for block in quoted) < 30
+    for block in quoted:
+        lines = iter(map(str.strip, (HERE / "extras/minimal.py").read_text().splitlines()))
+        for line in map(str.strip, block.splitlines()):
+            assert line in lines, line
+    for page in HERE / "README.md", *(HERE / "docs").glob("**/*.md"):
+        for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), (page, link)
 
 
 def test_every_equation_stands_where_the_readme_says():
