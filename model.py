@@ -805,7 +805,7 @@ def config_of(what):
 
 MODELS = "https://dl.fbaipublicfiles.com/shared/devai/assets/models"
 ADAPTED = "https://dl.fbaipublicfiles.com/shared/devai/assets/spidr-adapt/checkpoints"
-RELEASED = {  # name: (what it is, its address); all are of base's size, under CC BY-NC 4.0
+RELEASED = {  # name: (what it is, its address); all are of base's size
     "spidr_base": ("SpidR, LibriSpeech 960 h", f"{MODELS}/spidr_base.pt"),
     "dinosr_base": ("DinoSR, LibriSpeech 960 h, trained by SpidR's authors",
                     f"{MODELS}/dinosr_base_reproduced.pt"),
@@ -871,7 +871,8 @@ def list_released():
     for name, (what, url) in RELEASED.items():
         state = f"in {cache_of(url).parent}" if cache_of(url).exists() else f"not here yet: {url}"
         print(f"{name:15} {what}\n{'':15} {state}")
-    print("Licence of all: CC BY-NC 4.0. Their names stand for them wherever a model is asked for.")
+    print("Licence: CC BY-NC 4.0; of spidr_vp20 none is stated that we saw. The names stand for the "
+          "models wherever one is asked for.")
 
 
 # ======== what the network looks like ========

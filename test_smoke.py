@@ -1390,6 +1390,12 @@ def test_adaptation_scores_items_of_its_own(cli, toy, meta_run):
     refused(cli(adapt, *adaptation(toy, meta_run, "--items", "none.item"), "--out", "new"), "none.")
 
 
+def test_adaptation_says_at_once_that_base_takes_days_on_a_cpu(capsys):
+    for dim in 128, 768:
+        assert "--method lora" in adapt.advice(ONE, MagicMock(config=Config(dim=dim, heads=4)))
+        assert ("days on a CPU" in capsys.readouterr().err) == (dim == 768)
+
+
 @linux
 def test_ranks_wait_for_the_score_and_begin_alike(cli, toy, meta_run, monkeypatch):
     """A collective waits for a while only, here three seconds. And the ranks' machines may not
