@@ -27,17 +27,17 @@ import model as networks
 import pretrain
 
 
-def ours(preset, wav, masked, o, place):
+def ours(preset, wav, masked, options, ranks):
     """A function of i that makes training step i."""
     torch.manual_seed(0)
     model = networks.SpidR(networks.Config(**networks.PRESETS[preset])).train()
-    pretrain.to_device(model, o, place)
-    optimizer = pretrain.make_optimizer(model, o)
+    pretrain.to_device(model, options, ranks)
+    optimizer = pretrain.make_optimizer(model, options)
     batch = {"wav": wav, "mask": masked}
-    return lambda i: pretrain.train_step(model, optimizer, [batch], i, 5e-4, o, place)
+    return lambda i: pretrain.train_step(model, optimizer, [batch], i, 5e-4, options, ranks)
 
 
-def theirs(preset, wav, masked, o, place):
+def theirs(preset, wav, masked, options, ranks):
     from spidr.config import OptimizerConfig, SpidRConfig
     from spidr.models import SpidR
     from spidr.optimizer import build_optimizer
@@ -45,19 +45,19 @@ def theirs(preset, wav, masked, o, place):
     known = {field.name for field in dataclasses.fields(SpidRConfig)}
     config = networks.released_config(networks.Config(**networks.PRESETS[preset]))
     model = SpidR(SpidRConfig(**{k: v for k, v in config.items() if k in known}))
-    model = model.to(place.device).train()
-    kind = "bfloat16" if place.device.type == "cuda" else "float32"
+    model = model.to(ranks.device).train()
+    kind = "bfloat16" if ranks.device.type == "cuda" else "float32"
     optimizer, scaler, schedule = build_optimizer(model, OptimizerConfig(dtype=kind))
-    indices = masked.nonzero()[:, 1].view(len(masked), -1).to(place.device)  # [B, M]
-    if o.compile:  # without this option torch 2.11 fails on a GPU, as in pretrain.to_device
+    indices = masked.nonzero()[:, 1].view(len(masked), -1).to(ranks.device)  # [B, M]
+    if options.compile:  # without this option torch 2.11 fails on a GPU, as in pretrain.to_device
         model.compile(dynamic=True, options={"triton.coalesce_tiling_analysis": False})
 
     def step(i):
-        with pretrain.autocast(o, place):
+        with pretrain.autocast(options, ranks):
             loss, _ = model(wav, mask_indices=indices, attention_mask=None)
         scaler.scale(loss.sum() / indices.numel()).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -98,9 +98,9 @@ def flops(c, batch, samples):
     return batch * (3 * (front + transformer + heads) + transformer + heads)
 
 
-def compare(shape, makers, o, place, rounds, steps):
-    preset, wav, masked = batch_of(shape, place.device)
-    on_gpu, made, peak, times = place.device.type == "cuda", {}, {}, {name: [] for name in makers}
+def compare(shape, makers, options, ranks, rounds, steps):
+    preset, wav, masked = batch_of(shape, ranks.device)
+    on_gpu, made, peak, times = ranks.device.type == "cuda", {}, {}, {name: [] for name in makers}
 
     def run(name, first, count):
         began = time.perf_counter()
@@ -114,7 +114,7 @@ def compare(shape, makers, o, place, rounds, steps):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if on_gpu else 0
-        made[name] = maker(preset, wav, masked, o, place)
+        made[name] = maker(preset, wav, masked, options, ranks)
         run(name, 1, 3)  # warms up, compiles
         peak[name] = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else 0
     for i in range(rounds):
@@ -130,7 +130,7 @@ def compare(shape, makers, o, place, rounds, steps):
         work = flops(networks.Config(**networks.PRESETS[preset]), *wav.shape)
         cells += [f"{name} {work / median(times['ours']) / best:.1%}"
                   for name, best in PEAK.items() if name in torch.cuda.get_device_name()]
-    if place.first:
+    if ranks.first:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -143,17 +143,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="of each in a round")
     args = parser.parse_args()
-    o = pretrain.Options(device=args.device, compile=args.compile)
-    place = pretrain.setup(o)
+    options = pretrain.Options(device=args.device, compile=args.compile)
+    ranks = pretrain.setup(options)
     makers = {"ours": ours}
-    if find_spec("spidr") and place.world == 1:
+    if find_spec("spidr") and ranks.world == 1:
         makers["released"] = theirs
-    if place.first:
-        device = torch.cuda.get_device_name() if place.device.type == "cuda" else place.device
-        print(f"{place.world} x {device}, torch {torch.__version__}{', compiled' * args.compile}: "
+    if ranks.first:
+        device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else ranks.device
+        print(f"{ranks.world} x {device}, torch {torch.__version__}{', compiled' * args.compile}: "
               f"{' and '.join(makers)}")
     for shape in args.shapes:
-        compare(shape, makers, o, place, args.rounds, args.steps)
+        compare(shape, makers, options, ranks, args.rounds, args.steps)
 
 
 if __name__ == "__main__":
