@@ -1,10 +1,10 @@
-"""SpidR learns from sound alone to tell phones apart; FOBLO finds initial weights from which SpidR
-learns a new language fast. Here is the algorithm; the other files add data, speed and safety.
+"""From sound alone SpidR learns to tell phones, speech sounds, apart; FOBLO finds weights from which
+it learns a new language fast. Here is the algorithm; other files add data, speed and safety.
 
     python extras/minimal.py [SEED]        two minutes on one CPU core; needs PyTorch alone
 
 Equations are numbered as in README.md; read on in part one of model.py. Shapes: B crops, T frames
-of 20 ms, D channels, L layers, K codebooks of V codewords, H hidden frames in the whole batch."""
+of 20 ms, D channels, L layers, K codebooks of V codewords, H frames hidden (masked) in a batch."""
 import copy
 import functools
 import itertools
@@ -76,7 +76,7 @@ def make_model():
     model.heads = nn.ModuleList(nn.Linear(D, V) for _ in range(K))
     model.classifiers = nn.ModuleList(nn.Linear(D, len(PHONES)) for _ in LANGUAGES)  # for FOBLO
     model.register_buffer("S", F.instance_norm(torch.randn(K, D, V)).mT)
-    model.register_buffer("N", torch.ones(K, V))  # codeword v of codebook k is S[k, v] / N[k, v]
+    model.register_buffer("N", torch.ones(K, V))  # codewords: running sums S / running counts N
     return model
 
 def hear(model, wav, hide=torch.tensor(False)):
@@ -97,11 +97,11 @@ def layers_of(transformer, x):
 
 # ======== SpidR: learning from sound alone ========
 # Half of the frames are hidden from the student. It must guess what the teacher, which hears all,
-# makes of them: in each of the last K layers, the codeword nearest to the output. If training could
-# also change the answers, it would make them all the same. So no gradient reaches them: codewords
-# average the outputs nearest to them, as in k-means, and the teacher slowly trails the student.
+# makes of them: in each of the last K layers, the codeword nearest to the teacher's output. If
+# gradients reached these answers, all would become the same. Instead, codewords average the outputs
+# nearest to them, as in k-means, and the teacher slowly trails the student.
 def spidr_step(model, optimizer, wav, hide, b=1.0, refit=0):
-    """Gradients move the student. The codebooks follow and, if b < 1, so does the teacher."""
+    """Gradients move the student, running means the codebooks; b is the decay of the teacher."""
     outputs = torch.stack(layers_of(model.student, hear(model, wav, hide))[-K:])[:, hide]
     with torch.no_grad():
         f = torch.stack(layers_of(model.teacher, hear(model, wav))[-K:])  # [K, B, T, D]
@@ -134,7 +134,7 @@ def descend(optimizer, loss):
 # A and X are one phone, B is another. The model errs if X is nearer to B than to A; chance is 50%.
 @functools.cache
 def distance(x, y):
-    """Of two tokens, runs of frames of one phone: the mean angle on the path of least total."""
+    """Mean angle between two tokens (runs of frames of one phone), aligned by time warping."""
     angles, best = ((x @ y.T).clamp(-1, 1).acos() / math.pi).tolist(), {(-1, -1): (0, 0)}
     for i, j in itertools.product(range(len(x)), range(len(y))):
         ways = [best[k] for k in ((i - 1, j - 1), (i, j - 1), (i - 1, j)) if k in best]
@@ -144,7 +144,7 @@ def distance(x, y):
 
 @torch.no_grad()
 def abx(model, voices):
-    """Errors in %, X in the voice of A and B, or in another: means over tokens, voices, phones."""
+    """Two mean errors in %: with X in the same voice as A and B, and with X in another one."""
     tokens, errors = {}, ({}, {})
     for voice, (sound, phones) in enumerate(voices):
         x = layers_of(model.student, hear(model, F.layer_norm(sound, sound.shape)[None]))[1][0]
@@ -164,7 +164,7 @@ def abx(model, voices):
 # change that the N steps made, as if moving phi moved theta_M by just as much.
 def foblo(model, sources, updates=6, workers=2, M=20, N=10, beta=1.0):
     optimizers = [adamw(model.parameters()) for _ in range(workers)]  # each keeps its moments
-    phi = copy.deepcopy(model.state_dict())  # everything, but only what the N steps train moves
+    phi = copy.deepcopy(model.state_dict())  # of all this, what the N steps do not train stays
     for _ in range(updates):
         delta = dict.fromkeys(phi, 0)
         for adam in optimizers:  # a worker draws a language; here they take turns
