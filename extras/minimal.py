@@ -1,5 +1,5 @@
-"""From sound alone SpidR learns to tell phones, speech sounds, apart; FOBLO finds weights from which
-it learns a new language fast. Here is the algorithm; other files add data, speed and safety.
+"""SpidR learns from sound alone to tell phones (speech sounds) apart; FOBLO finds weights from
+which it learns a new language fast. Here is the algorithm; other files add data, speed and safety.
 
     python extras/minimal.py [SEED]        two minutes on one CPU core; needs PyTorch alone
 
