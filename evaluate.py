@@ -1255,7 +1255,7 @@ OPTIONS = {
     "--features": dict(help="a folder of .npy files [T, D], instead of model and audio"),
     "--items": dict(help="an item file"),
     "--units": dict(help="as 'units' writes them; of pairs' wav files: instead of --model"),
-    "--alignments": dict(help="the phones: CSV fileid,phones,language; intervals; or JSON lines"),
+    "--alignments": dict(help="a folder of TextGrids, a CSV, intervals, or JSON lines"),
     "--lm": dict(help="a run's folder or a checkpoint of 'lm'"),
     "--data": dict(help="wav files and gold.csv, for tsc ID_correct.wav and ID_incorrect.wav"),
     "--layer": dict(type=positive, help="from 1 [the second with a codebook; abx: all]"),
