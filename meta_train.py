@@ -58,7 +58,7 @@ class EpisodeOptions(pretrain.StageOptions):
 class Options(EpisodeOptions):
     """The numbers are the papers'."""
 
-    init: str = option("runs/pretrain", "a run or a checkpoint; 'random', which does not converge")
+    init: str = option("runs/pretrain", "a run, a checkpoint, a released model's name; or random")
     out: str = option("runs/meta", "the run's folder")
     manifest: str = option("", "CSV, TSV or folder of audio; without one the toy world")
     alignments: str = option("", "phone alignments, which FOBLO's outer loop learns from")

@@ -5,7 +5,7 @@
     python extras/speed.py base:12x19.8 --compile                    # on a GPU
     torchrun --nproc_per_node=16 extras/speed.py base:12x19.8 --compile        # ours, on 16
 
-Prints a line of README's "Speed" for each shape: seconds of a step, medians over rounds; the ratio,
+Prints a line of a table for each shape: seconds of a step, medians over rounds; the ratio,
 a median too, in brackets the smallest and the largest; on a GPU also the peak of memory, and the
 matrix products of our step as a share of the GPU's bfloat16 peak.
 """
