@@ -70,7 +70,7 @@ PRESETS = {
     "tiny": pretrain.TINY | dict(
         steps=200, lr=5e-4, lr_floor=0.05, warmup_steps=20, rank_max=16, log_every=50,
         save_every=50),
-    # In small the teacher moves and nothing is forgotten: what helped on English, held out for that.
+    # In small the teacher moves and nothing is forgotten: what helped on held-out English.
     "small": pretrain.SMALL | dict(
         steps=400, lr=2e-4, lr_floor=0.05, warmup_steps=20, ema_start=0.999, forgetting=False,
         codebook_decay=0.99, rank_max=16, save_every=250),

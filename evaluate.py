@@ -776,11 +776,11 @@ def read_labels(path, name):
     return labels
 
 
-def read_phones(path):
+def read_phones(path, tier=None):
     """{file: phones, one every 10 ms}"""
     if str(path).endswith((".jsonl", ".jsonl.gz")):
         return read_labels(path, "phones")
-    return {file: phones for file, (phones, _) in data.read_alignments(path).items()}
+    return {file: phones for file, (phones, _) in data.read_alignments(path, tier=tier).items()}
 
 
 def read_units(path, like=None):
@@ -848,7 +848,7 @@ def write_outputs(args):
     layer = encoder.layer(args.layer, units)
     frames = ((file, x[layer]) for file, x in extract(rows, encoder, [layer], units, args.longest))
     if units and args.textgrid:
-        phones = read_phones(args.alignments) if args.alignments else {}
+        phones = read_phones(args.alignments, args.tier) if args.alignments else {}
         frames = with_textgrids(frames, rows, Path(args.textgrid), phones)
     if not units:
         write_features(args.out, frames, encoder, layer)
@@ -951,7 +951,8 @@ MEASURES = {
 
 def run_quality(args):
     meta, units = read_units(args.units)
-    measures = quality(units, read_phones(args.alignments), meta.get("codewords"), args.track)
+    phones = read_phones(args.alignments, args.tier)
+    measures = quality(units, phones, meta.get("codewords"), args.track)
     if meta:
         print(f"units of layer {meta['layer']} of {meta['model']}, {args.track}")
     for name, value in measures.items():
@@ -1256,6 +1257,7 @@ OPTIONS = {
     "--items": dict(help="an item file"),
     "--units": dict(help="as 'units' writes them; of pairs' wav files: instead of --model"),
     "--alignments": dict(help="a folder of TextGrids, a CSV, intervals, or JSON lines"),
+    "--tier": dict(help="of TextGrids, that has the phones [phones, phone, MAU, segments]"),
     "--lm": dict(help="a run's folder or a checkpoint of 'lm'"),
     "--data": dict(help="wav files and gold.csv, for tsc ID_correct.wav and ID_incorrect.wav"),
     "--layer": dict(type=positive, help="from 1 [the second with a codebook; abx: all]"),
@@ -1279,10 +1281,10 @@ OPTIONS = {
 VERBS = {
     "features": (write_outputs, "--model! --audio! --out! --layer --longest"),
     "units": (write_outputs, "--model! --audio! --out --layer --longest --dedupe --textgrid "
-                             "--alignments"),
+                             "--alignments --tier"),
     "abx": (run_abx, "--items! --model --audio --features --layer --longest --speaker --context "
                      "--distance --max-size-group --max-x-across --seed --out"),
-    "quality": (run_quality, "--units! --alignments! --track --out"),
+    "quality": (run_quality, "--units! --alignments! --tier --track --out"),
     "discophon": (run_discophon, "--model! --data! --out! --languages --split --layer --track "
                                  "--max-size-group --max-x-across --keep-features"),
     "lm": (None, ""),

@@ -871,8 +871,8 @@ def list_released():
     for name, (what, url) in RELEASED.items():
         state = f"in {cache_of(url).parent}" if cache_of(url).exists() else f"not here yet: {url}"
         print(f"{name:15} {what}\n{'':15} {state}")
-    print("Licence: CC BY-NC 4.0; of spidr_vp20 none is stated that we saw. The names stand for the "
-          "models wherever one is asked for.")
+    print("Licence: CC BY-NC 4.0; of spidr_vp20 none is stated that we saw. The names stand for "
+          "the models wherever one is asked for.")
 
 
 # ======== what the network looks like ========

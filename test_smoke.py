@@ -1618,6 +1618,9 @@ def test_units_as_people_use_them(toy, reference, cli):
         grid = Path(f"grids/{file}.TextGrid").read_text()
         assert [*map(int, re.findall(r'text = "(\d+)"', grid))] == line["units"]
         assert grid.count("IntervalTier") == 2 and f"xmax = {seconds[file]}" in grid
+    words = "--units", "u.jsonl", "--alignments", "grids", "--tier", "Units", "--out", "q.json"
+    assert cli(evaluate, "quality", *words)[0] == 0  # of the units' own tier: they tell all of it
+    assert json.loads(Path("q.json").read_text())["phone_purity"] > 0.95
     assert evaluate.intervals("aab", 0.01, 0.025) == [(0, 0.02, "a"), (0.02, 0.025, "b")]
     # JSON lines {"name", ...} without meta.json, and in gzip
     with gzip.open("p.jsonl.gz", "wt") as lines:

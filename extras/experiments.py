@@ -290,8 +290,6 @@ def follow(seed):
 
 # ======== far languages ========
 
-SPEECH = {"mfcc": "MFCC", "s4": "from audio alone (SSL)", "fsl4": "a quarter of the steps on labels"}
-
 KINDS = {  # of contrast: the phones that are told from one another
     "tonu": {"tone": ["a1 a2 a3 a4", "i1 i2 i3 i4", "u1 u2 u3 u4"],
              "vowel": ["a1 i1 u1", "a2 i2 u2", "a3 i3 u3", "a4 i4 u4"],
@@ -455,6 +453,9 @@ def curves(name, rows, x, names, titles):
     picture(name, plots, 250 + 14 * len(points))
 
 
+# The runs on real speech that the picture shows.
+SPEECH = {
+    "mfcc": "MFCC", "s4": "from audio alone (SSL)", "fsl4": "a quarter of the steps on labels"}
 # The authors' run at full size, lowest and highest of the eight codebooks: loss, target_ppl.
 AUTHORS = {0: (5.54, 5.60, 51, 99), 5_000: (2.26, 2.49, 173, 206), 20_000: (1.57, 1.73, 181, 213),
            100_000: (1.06, 1.59, 180, 213), 400_000: (0.92, 1.40, 181, 213)}
