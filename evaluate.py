@@ -1115,7 +1115,8 @@ def train_lm(arguments):
 
     # ======== data, model, optimizer ========
     header, units = read_units(options.units)
-    require(header, f"{meta_of(options.units)} is missing: it says whose units they are")
+    require({"hash", "layer", "codewords", "model"} <= header.keys(),
+            f"{meta_of(options.units)} is missing or incomplete: it says whose units they are")
     sequences = sorted(map(dedupe, units.values()), key=len)
     valid = read_units(options.valid, like=header)[1] if options.valid else {}
     sizes = dict(codewords=header["codewords"], layers=options.layers, dim=options.dim,

@@ -676,13 +676,11 @@ class Log:
             seconds=0.0, audio_seconds=0.0, skipped=0, skipped_in_a_row=0, bad_recordings=0)
         self.metrics, self.record, self.told, self.began = [], {}, set(), time.time()
         self.heard = torch.zeros(2, dtype=torch.float64)  # samples, bad recordings
-        self.times = []  # of the first steps
+        self.to_do, self.times = length - first, []  # steps; when the first of them were done
         if ranks.first:
             # What was logged after the last checkpoint comes again, also a line that was cut off.
-            lines = self.path.read_text().splitlines(keepends=True)
-            write_text(self.path, "".join(
-                line for line in lines
-                if line.endswith("\n") and json.loads(line)["step"] <= first))
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            write_text(self.path, "".join(line for line in lines if step_of(line) <= first))
         decay = options.warmup_steps + options.hold_steps
         ranks.say(f"{options.out}: {options.preset}, {length} steps on {ranks.world} x "
                   f"{ranks.device}, from step {first}; rate {options.lr}, warm-up of "
@@ -702,10 +700,10 @@ class Log:
         self.metrics.append(metrics)
         if len(self.times) < 6 and "grad_norm" in metrics:
             self.times.append(time.time())
-            left = (self.times[-1] - self.times[0]) / 5 * self.length  # the first is often slower
+            left = (self.times[-1] - self.times[0]) / 5 * self.to_do  # the first is often slower
             if len(self.times) == 6 and left > 1800:
                 self.ranks.say(
-                    f"{self.length} steps will take about {left / 3600:.1f} h. {self.advice}")
+                    f"{self.to_do} steps will take about {left / 3600:.1f} h. {self.advice}")
 
     def write(self, step):
         """Every rank has to call it, because it sums what all ranks heard. Skipped steps need no
@@ -745,6 +743,13 @@ class Log:
             words.append("(warning: the codebooks are collapsing)")
         left = self.totals["seconds"] / max(1, step) * (self.length - step) / 60
         print(f"step {step}/{self.length}", *words, f"{left:.1f} min left", flush=True)
+
+
+def step_of(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # cut off or damaged when the run was killed
+        return math.inf
 
 
 # ======== how a run ends ========

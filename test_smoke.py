@@ -916,13 +916,15 @@ def test_the_objective_brings_its_schedule():
 def test_the_log_says_how_a_run_goes(tmp_path, capsys):
     """That the codebooks collapse, how long it will take, and that steps are skipped."""
     options = pretrain.Options(out=str(tmp_path))
-    (tmp_path / "metrics.jsonl").write_text("")
+    lines = '{"step": 0}\n{"step": 7}\n\0\0\n[1]\n{"step": 0, "lo'  # after a crash; 7 comes again
+    (tmp_path / "metrics.jsonl").write_text(lines)
     log = pretrain.Log(options, ONE, 9, 0, None, advice="Take fewer.")
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
     for step, usage in (1, 0.8), (2, 0.3):
         log.add({"usage_entropy": torch.tensor(usage), "skipped": torch.tensor(0.0)})
         log.write(step)
         assert ("collapsing" in capsys.readouterr().out) == (usage < 0.5)
-    log.length, log.times = 10**9, []
+    log.to_do, log.times = 10**9, []
     for _ in range(6):
         log.add({"grad_norm": torch.tensor(math.nan), "skipped": torch.tensor(1.0)})
         time.sleep(0.01)
@@ -1842,6 +1844,9 @@ def test_the_language_model_resumes_bit_for_bit(trained, tmp_path):
     same(parts["model"], whole["model"])
     other = write_units_file(tmp_path / "other.jsonl", {"a": [1, 8]})
     complains("other.jsonl: a: not a list of units from 0 to 7", train, tmp_path / "bad", other)
+    evaluate.write_json(evaluate.meta_of(other), dict(codewords=8))
+    other.write_text('{"file": "a", "units": [1, 2]}\n')
+    complains("other.meta.json is missing or incomplete", train, tmp_path / "bad", other)
 
 
 # ======== evaluation: pairs ========
