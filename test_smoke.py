@@ -881,7 +881,7 @@ def test_the_front_end_is_frozen_from_the_step_that_says_so(cli, toy):
 def test_codewords_begin_as_targets():
     """Of the first batch, each another one."""
     model, batch = formula_model().train(), formula_batch(12345)
-    pretrain.start_codebooks(model, batch, pretrain.Options(), ONE)
+    pretrain.start_codebooks(model, batch, pretrain.Options(bf16=False), ONE)
     _, targets = model.masked_frames(batch["wav"], batch["mask"])
     for codebook, t in zip(model.codebooks, targets):
         near_ones = torch.cdist(codebook.codebook, t) < 0.01
@@ -1158,7 +1158,8 @@ def test_meta_update_of_the_released_implementation(monkeypatch, method, golden)
 @pytest.mark.parametrize("script", [meta_train, adapt])
 def test_both_loops_forget(cli, toy, reference, script):
     """After one step that moves nothing codebooks and heads are those that forget() makes."""
-    still = "--lr", 1e-12, "--codebook-decay", 1, "--out", "run"
+    still = "--lr", 1e-12, "--codebook-decay", 1, "--no-bf16", "--out", "run"
+    options = script.Options(bf16=False)
     if script is meta_train:
         args = meta(toy, reference, *still, "--method", "reptile", "--beta", 1, "--workers", 1,
                     "--updates", 1, "--inner-steps", 1, "--outer-steps", 0)
@@ -1178,7 +1179,7 @@ def test_both_loops_forget(cli, toy, reference, script):
     changes = dict(layer_drop=0.3 * (script is meta_train))
     fresh = networks.load_init(reference, **changes)[0].train()
     before = fresh.heads[0][0].weight.clone()
-    forget(fresh, heard, script.Options(), ONE, *seeds)
+    forget(fresh, heard, options, ONE, *seeds)
     adapted = networks.load("run")
     same(adapted.codebooks.state_dict(), fresh.codebooks.state_dict(), 1e-6)
     same(adapted.heads.state_dict(), fresh.heads.state_dict(), 1e-5)
@@ -1192,7 +1193,7 @@ def test_both_loops_forget(cli, toy, reference, script):
     pretrain.seed_step(*seeds[1])
     inputs, targets = by_hand.masked_frames(heard[0]["wav"], heard[0]["mask"])
     meta_train.fit_heads(by_hand.heads, torch.stack(inputs).detach(), by_hand.assign(targets),
-                         script.Options(), ONE)
+                         options, ONE)
     same(by_hand.heads.state_dict(), fresh.heads.state_dict(), 1e-6)
 
 
