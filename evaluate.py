@@ -1,21 +1,19 @@
-"""Evaluation: features and units, ABX, the quality of units, and a language model on units.
-(SpidR, arXiv 2512.20308; ZeroSpeech 2021; phoneme discovery: DiscoPhon, arXiv 2603.18612.)
+"""Evaluation: features and units, ABX, and the quality of units (SpidR, arXiv 2512.20308).
 
     python evaluate.py features --model M --audio A --out FOLDER [--layer L]
     python evaluate.py units    --model M --audio A --out U.jsonl [--layer L] [--dedupe]
     python evaluate.py units    --model M --audio A --textgrid FOLDER [--alignments P]
     python evaluate.py abx      --items X.item (--model M --audio A | --features FOLDER)
     python evaluate.py quality  --units U.jsonl --alignments P [--track one-to-one]
-    python evaluate.py discophon --model M --data DISCOPHON --out FOLDER [--languages deu,swa]
-    python evaluate.py lm       --units U.jsonl --out LM
-    python evaluate.py swuggy | sblimp | tsc | ssc  --lm LM --model M --data FOLDER
+    python evaluate.py discophon ...                              extras/discophon.py
+    python evaluate.py lm | swuggy | sblimp | tsc | ssc  ...      extras/unit_lm.py
 
 `features` writes the output of a layer for each recording, [T, D], and `units` the codewords that
 the layer's head predicts, [T], both at 50 Hz; frame i is centred at (i + 1/2) / 50 s. `abx` asks
 whether a token of a phone is nearer to another token of that phone than to a token of another one:
-0% is perfect, 50% is chance, good models reach 3 to 6%. `quality` compares units with phones. `lm`
-trains a causal Transformer on units. With it `swuggy` asks which of two recordings is a word,
-`sblimp` which is grammatical, `tsc` and `ssc` which is the right end of a story.
+0% is perfect, 50% is chance, good models reach 3 to 6%. `quality` compares units with phones.
+`discophon` is a benchmark of phoneme discovery, `lm` trains a language model on units, and the last
+four ask it which of two recordings is a word, is grammatical, or is the right end of a story.
 
 M is a run, a checkpoint, a released model's name, or a baseline: mfcc, wav2vec2_base, hubert_base,
 wavlm_base. A is a folder of audio, a manifest, or one file. Layers count from 1. Features and units
@@ -24,9 +22,9 @@ docs/evaluation.md explains the measures, the benchmarks' folders and all format
 """
 
 import argparse
-import csv
 import gzip
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -35,7 +33,6 @@ import sys
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from itertools import chain, groupby
@@ -46,13 +43,11 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 import data
 import pretrain
-from model import (
-    InputError, all_sum, entropy, load, load_state, option, read_checkpoint, require, run)
+from model import InputError, entropy, load, require, run
 
 RATE = 50  # frames a second
 HOP, FIELD = 320, 400  # samples from one frame to the next, and samples that a frame sees
@@ -364,79 +359,6 @@ def boundaries(tracks, phone_of, tolerance=2):
     recall, excess = hits / max(true, 1), predicted / max(true, 1) - 1
     r1, r2 = math.hypot(1 - recall, excess), abs(recall - excess - 1) / math.sqrt(2)
     return dict(f1=2 * hits / max(true + predicted, 1), r_value=1 - (r1 + r2) / 2)
-
-
-# ======== the language model on units ========
-
-
-class UnitLM(nn.Module):
-    """A causal, pre-norm Transformer over units without repetitions. Token V is the boundary that
-    stands before and after an utterance."""
-
-    def __init__(self, codewords, layers, dim, heads, context, dropout=0.0):
-        super().__init__()
-        self.boundary, self.context = codewords, context
-        self.embedding = nn.Embedding(codewords + 1, dim)
-        self.position = nn.Embedding(context, dim)
-        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout, F.gelu, batch_first=True,
-                                           norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(dim),
-                                            enable_nested_tensor=False)
-        self.head = nn.Linear(dim, codewords + 1, bias=False)
-        for weight in (p for p in self.parameters() if p.ndim == 2):
-            nn.init.normal_(weight, std=0.02)
-
-    def forward(self, tokens):
-        """[B, T + 1] tokens -> [B, T]: -log p of each token but the first, given those before it.
-        Padding is -1 and gets 0. It is on the right, where causal attention does not look."""
-        seen, following = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
-        x = self.embedding(seen) + self.position.weight[: seen.shape[1]]  # [B, T, D]
-        causal = nn.Transformer.generate_square_subsequent_mask(seen.shape[1], x.device)
-        logits = self.head(self.blocks(x, causal, is_causal=True)).float()  # [B, T, V + 1]
-        return F.cross_entropy(logits.mT, following, ignore_index=-1, reduction="none")
-
-
-@torch.no_grad()
-def score_units(lm, units):
-    """The score of an utterance: log p(unit | boundary, units before it), a mean over its units
-    without repetitions.
-
-    Neither boundary counts: the first is given, and for a word that stands alone the last is out
-    of place. What is longer than the context goes in windows that overlap by half, so that each
-    unit sees half a context or more.
-    """
-    tokens = np.append(lm.boundary, dedupe(units))
-    tokens = torch.from_numpy(tokens).long().to(lm.head.weight.device)
-    step, total = (lm.context + 1) // 2, 0.0
-    for i in range(0, max(1, len(tokens) - 1 - lm.context + step), step):
-        known = lm.context - step if i else 0  # the window before has scored them
-        losses = lm.eval()(tokens[None, i : i + lm.context + 1])[0]
-        total -= losses[known:].double().sum().item()
-    return total / (len(tokens) - 1)
-
-
-# ======== pairs: sWUGGY, sBLIMP, tSC ========
-
-
-def pair_accuracy(voices, scores):
-    """How often the right side of a pair has the higher score, ties by half. Each of its voices
-    counts the same. voices [(files of the wrong side, of the right side)], scores {file: score}"""
-    wins = []
-    for wrong, right in voices:
-        margins = [scores[one] - scores[other] for one in right for other in wrong]
-        wins.append(fmean((margin > 0) + (margin == 0) / 2 for margin in margins))
-    return fmean(wins)
-
-
-def accuracies(pairs, scores):
-    """{group: its accuracy in percent, its number of pairs}. A mean over pairs, so that a pair of
-    many voices counts no more than another. pairs {pair: (groups, {voice: sides})}"""
-    shares_of = defaultdict(list)
-    for groups, voices in pairs.values():
-        for group in groups:
-            shares_of[group].append(pair_accuracy(voices.values(), scores))
-    return {group: dict(accuracy=100 * fmean(shares), pairs=len(shares))
-            for group, shares in sorted(shares_of.items())}
 
 
 # ======== plumbing: skip at first reading ========
@@ -848,8 +770,9 @@ def write_outputs(args):
     layer = encoder.layer(args.layer, units)
     frames = ((file, x[layer]) for file, x in extract(rows, encoder, [layer], units, args.longest))
     if units and args.textgrid:
+        from extras import formats
         phones = read_phones(args.alignments, args.tier) if args.alignments else {}
-        frames = with_textgrids(frames, rows, Path(args.textgrid), phones)
+        frames = formats.with_textgrids(frames, rows, Path(args.textgrid), phones)
     if not units:
         write_features(args.out, frames, encoder, layer)
     elif args.out:
@@ -859,26 +782,6 @@ def write_outputs(args):
             pass
     print(f"{len(rows)} recordings, {args.verb} of layer {layer} of {encoder.name}, {RATE} a "
           f"second: {', '.join(targets)}")
-
-
-def with_textgrids(units, rows, folder, phones):
-    """Passes the units on, and writes a TextGrid for each recording."""
-    for row, (file, x) in zip(rows, units):
-        path, seconds = folder / f"{file}.TextGrid", row.num_samples / data.SAMPLE_RATE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tiers = {"units": intervals(x.tolist(), 1 / RATE, seconds)}
-        if file in phones:
-            tiers["phones"] = intervals(phones[file], 0.01, seconds)
-        data.write_textgrid(path, seconds, tiers)
-        yield file, x
-
-
-def intervals(labels, step, end):
-    """[(onset, offset, label)] in seconds of each run of equal labels, one every `step` seconds.
-    What lies beyond the end is cut off: an alignment may be a little longer than its recording."""
-    edges = [i for i in range(len(labels)) if i == 0 or labels[i] != labels[i - 1]]
-    return [(i * step, min(j * step, end), str(labels[i]))
-            for i, j in zip(edges, [*edges[1:], len(labels)]) if i * step < end]
 
 
 def units_of(rows, encoder, layer=None):
@@ -962,287 +865,16 @@ def run_quality(args):
         write_json(args.out, meta | dict(track=args.track) | measures)
 
 
-# ======== the verb discophon ========
-
-# The benchmark's languages, six for development and six for the test, and their phones without SIL.
-LANGUAGES = {"deu": 41, "swa": 29, "tam": 29, "tha": 40, "tur": 27, "ukr": 35,
-             "cmn": 42, "eng": 39, "eus": 29, "fra": 34, "jpn": 42, "wol": 39}
-SPLITS = "train-10min train-1h train-10h dev test".split()
-PUBLISHED = """published by the benchmark's authors, means of the six test languages, in %:
-SpidR, 20 VoxPopuli languages, adapted to        0   10 min   1 h   10 h
-    ABX of units within triphones, layer 6   13.30    10.54   9.59   9.09
-    ABX of features, layer 6                  6.57     6.24   5.53   5.09
-    PNMI, layer 7                             59.8     64.1   65.4   65.6
-docs/evaluation.md has the leaderboard"""
-DISCOVERY = "pnmi", "per", "f1", "r_value"
-ABX_COLUMNS = "units within", "units across", "features within", "features across"
-
-
-def run_discophon(args):
-    """Phoneme discovery, language by language. What is not there is a dash."""
-    root, out, encoder = Path(args.data), Path(args.out), load_encoder(args.model)
-    layer = encoder.layer(args.layer, units=True)
-    there = sorted(path.parent.name for path in root.glob(f"audio/*/{args.split}"))
-    languages = args.languages.split(",") if args.languages else there
-    missing, others = {*languages} - {*there}, {*there} - {*LANGUAGES}
-    require(there and not missing,
-            f"{root}: no audio/CODE/{args.split} of {', '.join(sorted(missing)) or 'any'}")
-    require(args.languages or not others, f"{root}: {', '.join(sorted(others))} is not a language "
-            "of DiscoPhon; to score it all the same, name it with --languages")
-    out.mkdir(parents=True, exist_ok=True)
-    columns = DISCOVERY + (ABX_COLUMNS if args.track == "many-to-one" else ())
-    print_row(f"layer {layer}, all in %", *(MEASURES.get(name, [name])[0] for name in columns))
-    results = {}
-    for code in languages:
-        results[code] = discover(root, out, encoder, layer, code, args)
-        print_row(code, *(results[code].get(name, "-") for name in columns))
-    results["mean"] = {name: fmean(row[name] for row in results.values()) for name in columns
-                       if all(name in row for row in results.values())}
-    print_row("mean", *(results["mean"].get(name, "-") for name in columns))
-    write_json(out / f"discophon-{args.split}.json",
-               about(encoder, layer) | dict(track=args.track, results=results))
-    print(PUBLISHED)
-
-
-def discover(root, out, encoder, layer, code, args):
-    """The measures of one language, in percent."""
-    name, measures = f"{code}-{args.split}", {}
-    if args.track == "one-to-one" and code in LANGUAGES:
-        require(encoder.codewords == LANGUAGES[code] + 1, f"one-to-one: {code} has "
-                f"{LANGUAGES[code]} phones and silence, {encoder.name} {encoder.codewords} units")
-    rows = data.read_manifest(root / "audio" / code / args.split)
-    units = units_of(rows, encoder, layer)
-    write_units(out / f"units-{name}.jsonl", units.items(), encoder, layer)
-    alignment, items = root / f"alignment/alignment-{name}.txt", root / f"item/triphone-{name}.item"
-    for path in alignment, items:
-        if not path.exists():
-            print(f"{path} is not there", file=sys.stderr)
-    if alignment.exists():
-        of_units = quality(units, read_phones(alignment), encoder.codewords, args.track)
-        measures = {key: 100 * of_units[key] for key in DISCOVERY}
-    if items.exists() and args.track == "many-to-one":
-        files = {item.file for item in read_items(items)}
-        rows = [row for row in rows if row.fileid in files]
-        frames = {file: x[layer] for file, x in extract(rows, encoder, [layer])}
-        if args.keep_features:
-            write_features(out / f"features-{name}", frames.items(), encoder, layer)
-        for column in ABX_COLUMNS:
-            kind, speaker = column.split()
-            features, distance = (units, "identity") if kind == "units" else (frames, "angular")
-            measures[column] = abx(
-                features, items, speaker, distance=distance, max_size_group=args.max_size_group,
-                max_x_across=args.max_x_across)
-    return measures
-
-
-# ======== training the language model ========
-
-
-@dataclass
-class LMOptions(pretrain.RunOptions):
-    """The language model's."""
-
-    out: str = option("runs/lm", "the run's folder")
-    units: str = option("", "the file of units to learn from, as 'units' writes it")
-    valid: str = option("", "another, to report the loss on, a mean over its recordings")
-    layers: int = option(12, "of the Transformer")
-    dim: int = option(768, "its width")
-    heads: int = option(12, "of attention")
-    context: int = option(2048, "units of the longest crop, and the most that a score looks back")
-    dropout: float = option(0.1, "of what each block adds")
-    steps: int = option(25_000, "optimizer steps")
-    batch_tokens: int = option(65_536, "most tokens in a micro-batch, with padding")
-    lr: float = option(6e-4, "peak learning rate")
-    lr_floor: float = option(0.1, "part of the peak where warm-up starts and decay ends")
-    warmup_steps: int = option(1_000, "linear warm-up")
-    hold_steps: int = option(0, "at the peak")
-    decay_steps: int = option(24_000, "exponential decay")
-    eps: float = option(1e-8, "AdamW's")
-    weight_decay: float = option(0.1, "AdamW's, on everything")
-    clip: float = option(1.0, "largest norm of the gradient")
-    save_every: int = option(500, "steps between checkpoints (last.pt)")
-    keep_every: int = option(0, "steps between checkpoints that are kept (step_N.pt)")
-
-
-LM_PRESETS = {"opt125m": {}, "tiny": dict(
-    layers=2, dim=128, heads=4, context=128, steps=2_000, batch_tokens=1_024, lr=3e-3,
-    warmup_steps=200, decay_steps=1_800)}
-
-
-def lm_batch(sequences, boundary, options, number):
-    """Micro-batch `number`, a function of (seed, number): [B, T + 1], padded with -1. The sequences
-    are sorted by length. The batch has a random one and those after it, as many as fit. Each stands
-    between two boundaries. What is longer than the context is cropped at random."""
-    rng, rows = np.random.default_rng([options.seed, number]), []
-    for units in sequences[rng.integers(len(sequences)) :]:
-        length = min(len(units) + 1, options.context)
-        if rows and (len(rows) + 1) * length > options.batch_tokens:
-            break
-        start = rng.integers(len(units) + 2 - length)
-        crop = np.append(units, boundary)[start : start + length]
-        rows.append(torch.from_numpy(np.append(boundary, crop)))
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-
-
-def lm_step(lm, optimizer, micro_batches, lr, options, ranks):
-    """One optimizer step. The loss is a mean over the tokens of all ranks and micro-batches."""
-    optimizer.zero_grad()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    sums = torch.zeros(2, device=ranks.device)  # loss, tokens
-    for tokens in micro_batches:
-        with pretrain.autocast(options, ranks):
-            loss = lm(tokens.to(ranks.device)).sum()
-        loss.backward()
-        sums += torch.stack([loss.detach(), (tokens[:, 1:] >= 0).sum().to(loss)])
-    gradients = [p.grad for p in pretrain.trained(optimizer)]
-    all_sum([*gradients, sums])
-    loss, count = sums
-    metrics = pretrain.average_and_clip(optimizer, count, options)
-    optimizer.step()
-    return metrics | {"loss": loss / count, "lr": torch.tensor(lr)}
-
-
-def train_lm(arguments):
-    # ======== options, setup ========
-    options, _ = pretrain.parse_options(LMOptions, LM_PRESETS, argv=arguments)
-    require(options.units, "lm needs --units, a file that 'evaluate.py units' writes")
-    pretrain.check_numbers(options)
-    require(min(options.layers, options.dim, options.heads, options.context) > 0
-            and options.dim % options.heads == 0, "sizes are positive, dim a multiple of heads")
-    ranks = pretrain.setup(options)
-    torch.manual_seed(options.seed)
-
-    # ======== data, model, optimizer ========
-    header, units = read_units(options.units)
-    require({"hash", "layer", "codewords", "model"} <= header.keys(),
-            f"{meta_of(options.units)} is missing or incomplete: it says whose units they are")
-    sequences = sorted(map(dedupe, units.values()), key=len)
-    valid = read_units(options.valid, like=header)[1] if options.valid else {}
-    sizes = dict(codewords=header["codewords"], layers=options.layers, dim=options.dim,
-                 heads=options.heads, context=options.context)
-    lm = UnitLM(**sizes, dropout=options.dropout).to(ranks.device)
-    optimizer = pretrain.make_optimizer(lm, options)
-
-    # ======== resume ========
-    trained = header | dict(utterances=len(units), tokens=sum(map(len, sequences)))
-    first, totals = pretrain.resume(
-        pretrain.open_run(options, lm, ranks, about=trained), lm, optimizer)
-    if first >= options.steps:
-        return pretrain.finished(options, ranks)
-    log, stop = pretrain.Log(options, ranks, options.steps, first, totals), pretrain.Stop(ranks)
-
-    # ======== loop ========
-    for step in range(first, options.steps):
-        pretrain.seed_step(options.seed, step, ranks.rank)
-        done = step + 1
-        micro_batches = [lm_batch(sequences, lm.boundary, options, i * ranks.world + ranks.rank)
-                         for i in range(step * options.accumulate, done * options.accumulate)]
-        rate = pretrain.lr_at(step, options)
-        log.add(lm_step(lm.train(), optimizer, micro_batches, rate, options, ranks))
-        pretrain.end_of_step(
-            done, options, ranks, optimizer, log, stop, lambda: validate_lm(lm, valid),
-            lambda: dict(state=lm.state_dict(), lm=sizes, units=header))
-    if ranks.first:
-        print(f"{options.out}: {options.steps} steps, loss {log.record['loss']:.3f}")
-        print(f"next: python evaluate.py swuggy --lm {options.out} --model {header['model']} "
-              "--data DIR")
-
-
-def validate_lm(lm, units):
-    losses = [-score_units(lm, x) for x in units.values()]
-    return {"valid_loss": torch.tensor(losses).mean()} if losses else {}
-
-
-def load_lm(path, device=DEVICE):
-    """The language model, and the header of the units that it was trained on."""
-    path, checkpoint = read_checkpoint(path)
-    require("lm" in checkpoint and "units" in checkpoint,
-            f"{path}: not a language model; 'evaluate.py lm' trains one")
-    lm = load_state(UnitLM(**checkpoint["lm"]), checkpoint["model"], path)
-    return lm.eval().to(device), checkpoint["units"]
-
-
-# ======== the verbs swuggy, sblimp, tsc, ssc ========
-
-# The folder that a task has in ZeroSpeech, and the column of gold.csv that groups its pairs. A task
-# without one has no gold.csv, but ID_correct.wav and ID_incorrect.wav.
-TASKS = {"swuggy": ("lexical", "frequency"), "sblimp": ("syntactic", "type"),
-         "tsc": ("tsc", None), "ssc": ("ssc", None)}  # of ssc the wrong endings are on the topic
-# ZeroSpeech's bands of how often a word occurs in LibriSpeech, with the largest count of each.
-BANDS = {"oov": 0, "1 to 5": 5, "6 to 20": 20, "21 to 100": 100, "above 100": math.inf}
-
-
-def groups_of(column, row):
-    """What a pair counts in: all, and its type, or the band of its word's frequency."""
-    if column == "frequency":
-        count = 0 if row["frequency"] == "oov" else float(row["frequency"])
-        band = next(name for name, most in BANDS.items() if 0 <= count <= most)
-        return ["all", f"frequency {band}"] + ["in vocabulary"] * (count > 0)
-    return ["all", f"type {row['type']}"] if column else ["all"]
-
-
-def read_pairs(folder, column):
-    """{pair: (groups, {voice: (files of its wrong side, files of its right side)})}"""
-    path, pairs = folder / "gold.csv", {}
-    if column:
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            rows = list(csv.DictReader(file, restval=""))
-    else:
-        names = [file.stem for file in sorted(folder.glob("*_*correct.wav"))]
-        rows = [dict(id=name.rpartition("_")[0], voice="", filename=name,
-                     correct=str(int(name.endswith("_correct")))) for name in names]
-    for number, row in enumerate(rows, 2):
-        try:
-            _, voices = pairs.setdefault(row["id"], (groups_of(column, row), {}))
-            sides = voices.setdefault(row["voice"], ([], []))
-            sides[["0", "1"].index(row["correct"])].append(row["filename"].removesuffix(".wav"))
-        except (KeyError, ValueError, StopIteration) as error:
-            raise InputError(f"{path}:{number}: id, filename, voice, correct (0 or 1) and "
-                             f"{column} are needed: {error!r}") from None
-    require(pairs, f"{folder}: no pairs")
-    for pair, (_, voices) in pairs.items():
-        require(all(map(all, voices.values())), f"{folder}: a side of pair {pair} is missing")
-    return pairs
-
-
-def units_of_files(args, header, folder, names):
-    """{name: units}, made as those were that the language model learnt from."""
-    if args.units:
-        units = read_units(args.units, like=header)[1]
-    else:
-        encoder, rows = load_encoder(args.model), data.read_manifest(folder, only={*names})
-        require(encoder.hash == header["hash"], f"--model {args.model}: other weights than those "
-                f"of {header['model']}, on whose units --lm {args.lm} was trained")
-        units = units_of(rows, encoder, header["layer"])
-    missing = sorted({*names} - units.keys())
-    require(not missing, f"{args.units or folder}: no units of {', '.join(missing[:9])}")
-    return units
-
-
-def run_pairs(args):
-    require(bool(args.model) != bool(args.units),
-            f"{args.verb} takes --model, or --units of the wav files")
-    task, column = TASKS[args.verb]
-    folder = Path(args.data, "dev") if Path(args.data, "dev").is_dir() else Path(args.data)
-    (lm, header), pairs = load_lm(args.lm), read_pairs(folder, column)
-    names = sorted({name for _, voices in pairs.values() for sides in voices.values()
-                    for side in sides for name in side})
-    units = units_of_files(args, header, folder, names)
-    scores = {name: score_units(lm, units[name]) for name in names}
-    results = accuracies(pairs, scores)
-    print_row(f"{args.verb} by {args.lm}", "accuracy, %", "pairs")
-    for group, row in results.items():
-        print_row(group, row["accuracy"], row["pairs"])
-    if args.out:
-        path = Path(args.out, task, "dev.txt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{name} {scores[name]:.6f}\n" for name in names))
-        write_json(Path(args.out, f"{args.verb}.json"), dict(lm=args.lm, **header, results=results))
-    return results
-
-
 # ======== command line ========
+
+
+TASKS = "swuggy", "sblimp", "tsc", "ssc"
+
+
+def run_elsewhere(args):
+    """The code of a benchmark is in extras/."""
+    name = "unit_lm" if args.verb in TASKS else "discophon"
+    return importlib.import_module(f"extras.{name}").run(args)
 
 
 def positive(text):
@@ -1273,7 +905,7 @@ OPTIONS = {
     "--max-size-group": dict(type=positive, help="tokens of a phone, 10 in ZeroSpeech [all]"),
     "--max-x-across": dict(type=positive, help="speakers of X, 5 in ZeroSpeech [all]"),
     "--languages": dict(help="codes, separated by commas [all that are there]"),
-    "--split": dict(choices=SPLITS, default="test", help="of DiscoPhon's audio [test]"),
+    "--split": dict(default="test", help="of DiscoPhon: train-10min, train-1h, train-10h, dev [test]"),
     "--keep-features": dict(action="store_true", help="write the features too"),
     "--seed": dict(type=int, default=0, help="of that choice [0]"),
     "--out": dict(help="a folder; units: JSONL, abx, quality: JSON"),
@@ -1286,10 +918,10 @@ VERBS = {
     "abx": (run_abx, "--items! --model --audio --features --layer --longest --speaker --context "
                      "--distance --max-size-group --max-x-across --seed --out"),
     "quality": (run_quality, "--units! --alignments! --tier --track --out"),
-    "discophon": (run_discophon, "--model! --data! --out! --languages --split --layer --track "
+    "discophon": (run_elsewhere, "--model! --data! --out! --languages --split --layer --track "
                                  "--max-size-group --max-x-across --keep-features"),
     "lm": (None, ""),
-    **dict.fromkeys(TASKS, (run_pairs, "--lm! --data! --model --units --out")),
+    **dict.fromkeys(TASKS, (run_elsewhere, "--lm! --data! --model --units --out")),
 }
 
 
@@ -1308,7 +940,7 @@ def parse(arguments=None):
 
 def main():
     if sys.argv[1:2] == ["lm"]:  # its options are a dataclass, like those of the training scripts
-        return train_lm(sys.argv[2:])
+        return importlib.import_module("extras.unit_lm").train(sys.argv[2:])
     args = parse()
     if getattr(args, "out", None):  # a path that cannot be written is refused before the work
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

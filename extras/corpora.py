@@ -31,6 +31,7 @@ import soundfile
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
+from extras import formats
 from model import InputError, require, run
 
 Recording = namedtuple("Recording", "fileid path language speaker", defaults=["", ""])
@@ -123,7 +124,7 @@ def read_textgrids(folder, tier):
     for file in data.files_in(folder):
         if file.suffix.lower() == ".textgrid":
             try:
-                yield file.stem, data.spread(data.phone_tier(file, tier), file)
+                yield file.stem, formats.spread(formats.phone_tier(file, tier), file)
             except InputError as error:
                 left_out("alignment", error)
 
@@ -139,7 +140,7 @@ def read_ctm(path):
                 intervals = [
                     (onset, str(Decimal(onset) + Decimal(duration)), names.get(phone, phone))
                     for _, _, onset, duration, phone, *_ in lines]
-                yield fileid, data.spread(intervals, f"{path}: {fileid}")
+                yield fileid, formats.spread(intervals, f"{path}: {fileid}")
             except (ValueError, ArithmeticError) as error:
                 left_out(f"alignment of {fileid}", error)
 

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import evaluate
 from evaluate import (
-    MEASURES, RATE, TASKS, count_table, labelled_tracks, load_encoder, options_of, quality,
-    read_phones, read_recording, run_pairs, spidr_encoder, train_lm, units_of, write_json,
-    write_outputs)
+    MEASURES, RATE, count_table, labelled_tracks, load_encoder, options_of, quality,
+    read_phones, read_recording, spidr_encoder, units_of, write_json, write_outputs)
+from extras import unit_lm
 from extras.toy import TARGETS, toy, toy_encoders, toy_table
 from model import SpidR, read_config, require, run
 
@@ -69,10 +69,12 @@ def report():
         audio = str(world / "lm" / "train.csv")
         write_outputs(evaluate.parse(["units", "--model", str(first), "--audio", audio,
                                       "--out", where]))
-    train_lm(["--preset", "tiny", "--units", where, "--out", lm])
-    pairs = {task: run_pairs(evaluate.parse([task, "--lm", lm, "--model", str(first), "--data",
-                                             str(world / "lm" / TASKS[task][0])]))
-             for task in ("swuggy", "sblimp", "tsc")}
+    unit_lm.train(["--preset", "tiny", "--units", where, "--out", lm])
+    pairs = {}
+    for task in "swuggy", "sblimp", "tsc":
+        folder = str(world / "lm" / unit_lm.TASKS[task][0])
+        pairs[task] = unit_lm.run(evaluate.parse(
+            [task, "--lm", lm, "--model", str(first), "--data", folder]))
     results = dict(abx={name: table.tolist() for name, table in tables.items()},
                    language=language, quality=measures, pairs=pairs)
     write_json("runs/report.json", results)
