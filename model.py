@@ -1,8 +1,5 @@
-"""SpidR: the network, its losses, its codebooks and its teacher.
-
-    python model.py [tiny|small|base]    prints the network: shapes, parameters
-
-Papers: SpidR, arXiv 2512.20308; SpidR-Adapt, arXiv 2512.21204.
+"""SpidR: the network, its losses, its codebooks and its teacher (SpidR, arXiv 2512.20308;
+SpidR-Adapt, arXiv 2512.21204). extras/shapes.py prints the network.
 
     waveform -> downsample -> project -+-> mask -> student -> K heads -----> log-probabilities
                                        |                                         | cross-entropy
@@ -803,39 +800,3 @@ def locate(what):
         return Path(what)
     from extras import released
     return released.find(str(what))
-
-
-# ======== what the network looks like ========
-
-
-def main():
-    name = sys.argv[1] if len(sys.argv) > 1 else "base"
-    if name in PRESETS:
-        describe(SpidR(Config(**PRESETS[name])).eval())
-    else:
-        print(__doc__)
-
-
-@torch.no_grad()
-def describe(model):
-    """The shape of a second of audio after each part, and the part's parameters."""
-    def line(name, part, x=None):
-        parameters = sum(p.numel() for p in part.parameters()) / 1e6
-        print(f"{name:30} {'' if x is None else str(tuple(x.shape)):18} {parameters:8.3f} M")
-
-    x = torch.zeros(1, 1, 16000)
-    for i, layer in enumerate(model.feature_extractor.conv_layers, 1):
-        x = layer(x)
-        line(f"convolution {i}", layer, x)
-    x = model.feature_projection(x.mT)
-    line("projection", model.feature_projection, x)
-    line("positions", model.student.pos_conv_embed, model.student.pos_conv_embed(x))
-    for i, (layer, x) in enumerate(zip(model.student.layers, model.student(x)[1]), 1):
-        k = i - 1 - model.config.layers + model.config.codebooks
-        line(f"layer {i}" + f", head and codebook {k}" * (k >= 0), layer, x)
-    line("heads", model.heads)
-    line("teacher", model.teacher)
-
-
-if __name__ == "__main__":
-    run(main)

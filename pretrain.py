@@ -110,7 +110,7 @@ class Options(StageOptions):
 TINY = dict(batch_samples=256_000, max_samples=64_000, crop_multiple=16_000, mask_prob=0.6,
             mask_span=8, loaders=0)
 # small, for real speech: steps of 32 s, recordings of 1.5 s and more, and a start that has heard
-# speech (mel_steps and codebook_start: see "What small batches need", below).
+# speech (mel_steps and codebook_start: extras/small_batches.py).
 SMALL = TINY | dict(batch_samples=512_000, crop_multiple=8_000, min_samples=24_000)
 PRESETS = {
     "base": {},
@@ -232,11 +232,9 @@ def main():
     log, stop = Log(options, ranks, options.steps, first, totals), Stop(ranks)
 
     # ======== loop ========
-    if first == 0 and not options.init:
-        if options.mel_steps:
-            fit_front_end(model, unlabelled, options, ranks)
-        if options.codebook_start == "targets":
-            start_codebooks(model, unlabelled[0], options, ranks)
+    if first == 0 and not options.init and (options.mel_steps or options.codebook_start != "noise"):
+        from extras import small_batches  # base has no need of it
+        small_batches.prepare(model, unlabelled, options, ranks)
     supervised_before = first // options.supervised_every if labelled else 0
     unlabelled_steps = fetch(unlabelled, options, ranks, first - supervised_before, log)
     labelled_steps = labelled and fetch(labelled, options, ranks, supervised_before, log)
@@ -503,47 +501,6 @@ def validate(model, batches, options, ranks):
     model.train()
     health = model.health(stats)
     return {f"valid_{name}": health[name] for name in ("loss", "accuracy", "target_ppl", "active")}
-
-
-# ======== what small batches need; base does without ========
-
-
-def fit_front_end(model, batches, options, ranks):
-    """Downsampler and projection learn to tell log-mel spectra by a linear readout. With few and
-    small steps the teacher would hear random features for too long: its codewords then tell next to
-    nothing of the sound, the student learns to predict just these, and the teacher follows it. All
-    ranks compute the same. Returns the error of the first and the last step; the mean's is 1."""
-    mel = data.import_torchaudio("--mel-steps").transforms.MelSpectrogram(
-        data.SAMPLE_RATE, n_fft=400, hop_length=320, n_mels=40, center=False).to(ranks.device)
-    readout = torch.nn.Linear(model.config.dim, 40).to(ranks.device)
-    parts = model.feature_extractor, model.feature_projection, readout
-    parameters, errors = [p for part in parts for p in part.parameters()], []
-    optimizer = torch.optim.AdamW(parameters, weight_decay=options.weight_decay)
-    for step in range(options.mel_steps):
-        wav = batches[step % batches.per_epoch]["wav"].to(ranks.device)
-        target = networks.instance_norm((mel(wav) + 1e-3).log().mT)  # [B, T, 40]
-        loss = (readout(model.frames(wav)[0]) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        left = 1 - step / options.mel_steps  # warm-up in 20 steps, linear decay in the second half
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20, 2 * left)
-        optimizer.step()
-        errors.append(loss.item())
-    ranks.say(f"front end: error of log-mel spectra {errors[0]:.3f}, then {errors[-1]:.3f}")
-    return errors[0], errors[-1]
-
-
-@torch.no_grad()
-def start_codebooks(model, batch, options, ranks):
-    """Codewords that are targets of the first rank's first batch. Of those that start as noise most
-    are so far from all targets that they never get one."""
-    with autocast(options, ranks):
-        _, targets = model.masked_frames(batch["wav"].to(ranks.device), batch["mask"])
-    for codebook, t in zip(model.codebooks, targets):
-        some = torch.randperm(len(t))[: len(codebook.counts)].to(t.device)
-        codebook.codebook[: len(some)] = t[some].to(codebook.codebook.dtype)
-    networks.send_from_first(model.codebooks)
 
 
 # ======== the run's folder ========

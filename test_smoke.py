@@ -38,7 +38,7 @@ import evaluate
 import meta_train
 import model as networks
 import pretrain
-from extras import formats, page, unit_lm
+from extras import formats, page, small_batches, unit_lm
 from extras import toy as toy_world
 from model import Config, InputError, SpidR, num_frames
 
@@ -707,7 +707,7 @@ def test_the_front_end_is_frozen_from_the_step_that_says_so(cli, toy):
 def test_codewords_begin_as_targets():
     """Of the first batch, each another one."""
     model, batch = formula_model().train(), formula_batch(12345)
-    pretrain.start_codebooks(model, batch, pretrain.Options(bf16=False), ONE)
+    small_batches.start_codebooks(model, batch, pretrain.Options(bf16=False), ONE)
     _, targets = model.masked_frames(batch["wav"], batch["mask"])
     for codebook, t in zip(model.codebooks, targets):
         near_ones = torch.cdist(codebook.codebook, t) < 0.01
@@ -720,7 +720,7 @@ def test_the_front_end_learns_log_mel_spectra(toy):
     model = SpidR(Config(**networks.PRESETS["tiny"]))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     batches = data.Batches(data.read_manifest(toy / "train.csv"), model.config, options)
-    first, last = pretrain.fit_front_end(model, batches, options, ONE)
+    first, last = small_batches.fit_front_end(model, batches, options, ONE)
     parts = {n.split(".")[0] for n, t in model.state_dict().items() if not t.equal(before[n])}
     assert last < 0.9 * first and parts == {"feature_extractor", "feature_projection"}
 

@@ -27,7 +27,8 @@ import evaluate
 import meta_train
 import model as networks
 import pretrain
-from extras import corpora, experiments, formats, maml, released, speech, speed, unit_lm
+from extras import (
+    corpora, experiments, formats, maml, released, shapes, speech, speed, unit_lm)
 from extras import toy as toy_world
 from model import Config, SpidR
 from test_smoke import (
@@ -95,6 +96,12 @@ def test_released_models_are_downloaded_once(cli, tmp_path, monkeypatch):
     assert not [*Path("hub").rglob("*login*/config.json")]
     code, out, _ = cli(released)
     assert code == 0 and out.count("not here yet") == len(released.RELEASED) - 2 and "BY-NC" in out
+
+
+def test_the_network_is_shown(cli):
+    status, out, _ = cli(shapes, "tiny")
+    assert status == 0 and "layer 2, head and codebook 0   (1, 49, 128)" in out
+    refused(cli(shapes, "huge"), "huge: base, tiny, small")
 
 
 # ======== formats ========
