@@ -11,10 +11,10 @@ In: a run or checkpoint of any stage, or a released one, and a folder or manifes
     a frozen downsampler and projection, and a frozen teacher
     W = W0 + B A in the place of W0, with --method lora or dama   (12) low-rank updates
 
-A tenth of the audio is held out. At the end a table tells for each layer its rank, what was trained
-and how far it moved, and another what can be known without labels: the loss, the accuracy and the
-codewords in use on the audio held out, before the first step (after forgetting) and at the end.
-With --items it also scores ABX. In preset small the teacher moves and nothing is forgotten.
+A tenth of the audio is held out, to tell what can be known without labels: loss, accuracy and
+codewords in use, before the first step (after forgetting) and at the end. A table tells how far each
+layer moved. With --items ABX is scored, too. In preset small the teacher moves and nothing is
+forgotten.
 """
 
 import copy
@@ -175,8 +175,10 @@ def main():
         score(options, ranks, "after", options.out)
         return pretrain.finished(options, ranks)
     score(options, ranks, "before", options.init)
-    log = Log(options, ranks, options.steps, first, totals, advice(ranks, model))
-    stop = Stop(ranks)
+    if ranks.device.type == "cpu" and model.config.dim >= Config().dim:
+        ranks.say("warning: base takes days on a CPU. Shorter: fewer --steps, --method lora, a "
+                  "smaller model, or a GPU", file=sys.stderr)
+    log, stop = Log(options, ranks, options.steps, first, totals), Stop(ranks)
 
     # ======== loop ========
     steps = fetch(unlabelled, options, ranks, first, log)
@@ -187,7 +189,7 @@ def main():
             episode_seed = options.seed, data.STREAM_FORGET
             forget(model, micro_batches, options, ranks, episode_seed, step_seed)  # (11)
         if step == 0 and held_out:
-            log.add(follow(model, held_out, options, ranks))
+            log.add(pretrain.validate(model, held_out, options, ranks))
             log.write(0)
         seed_step(*step_seed)
         metrics = train_step(
@@ -195,7 +197,7 @@ def main():
         log.add(metrics)
         pretrain.end_of_step(
             step + 1, options, ranks, optimizer, log, stop,
-            lambda: follow(model, held_out, options, ranks),
+            lambda: pretrain.validate(model, held_out, options, ranks),
             lambda: dict(state=merged(model), unmerged=model.state_dict(), inventories=inventory))
     if ranks.first:
         report(log, rows, model.student.layers, before)
@@ -229,7 +231,7 @@ def merged(model):
 @torch.no_grad()
 def report(log, rows, layers, before):
     """What was done; by layer: rank, trained parameters, |W - W0| / |W0| over its four products;
-    how the model does on the audio held out."""
+    the health of the model on the audio held out, before and after."""
     method, minutes = log.options.method, seconds_of(rows) / 60
     pretrain.summary(log, f"{method}, {log.options.steps} steps on {minutes:.1f} min")
     print(f"{'layer':>5} {'rank':>5} {'trained':>10} {'change':>9}")
@@ -241,46 +243,11 @@ def report(log, rows, layers, before):
         W, W0 = (torch.cat([linear.weight.flatten() for linear in linears(one)])
                  for one in (layer, old))
         print(f"{i:>5} {rank:>5} {trained:>10} {(W - W0).norm() / W0.norm():>9.2e}")
-    print_held_out(log.path)
-
-
-@torch.no_grad()
-def follow(model, held_out, options, ranks):
-    """What can be known without labels: how the model does on the audio held out."""
-    metrics = pretrain.validate(model, held_out, options, ranks)
-    if held_out:
-        counts, V = 0, model.config.codewords
-        model.eval()
-        for i in range(min(20, held_out.per_epoch)):
-            units = model.units(held_out[i]["wav"].to(ranks.device))  # [K, B, T]
-            counts = counts + torch.nn.functional.one_hot(units, V).sum((1, 2))  # [K, V]
-        model.train()
-        shares = counts / counts.sum(1, keepdim=True)
-        metrics["valid_unit_entropy"] = networks.entropy(shares).mean()
-        metrics["valid_units_in_use"] = (counts > 0).sum(1).float().mean()
-    return metrics
-
-
-HELD_OUT = {  # what print_held_out says of each measure
-    "loss": "of guessing the teacher's codewords; a rise means too many steps, often",
-    "accuracy": "share of masked frames whose codeword is guessed right: higher",
-    "unit_entropy": "bits; how evenly the units are used. Toward 0 they collapse",
-    "units_in_use": "of all codewords, a mean over the codebooks"}
-
-
-def print_held_out(path):
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    records = [record for record in records if record.get("valid_loss") is not None]
-    if not records:
-        return
-    best = min(records, key=lambda record: record["valid_loss"])
-    print("held out           before      after")
-    for name, meaning in HELD_OUT.items():
+    records = [json.loads(line) for line in log.path.read_text().splitlines()]
+    records = [record for record in records if record.get("valid_loss")]
+    for name in ("loss", "accuracy", "active") if records else ():
         values = (record[f"valid_{name}"] for record in (records[0], records[-1]))
-        print(f"{name:14}", *(f"{value:10.3f}" for value in values), f"  {meaning}")
-    if records[-1]["valid_loss"] > 1.02 * best["valid_loss"]:
-        print(f"warning: the loss on held-out audio has risen since step {best['step']}: so many "
-              "steps may be too many for so little audio", file=sys.stderr)
+        print("held out: {} {:.3f} before, {:.3f} after".format(name, *values))
 
 
 def hold_out(rows, options, config):
@@ -327,15 +294,6 @@ def draw(rows, seconds, key, spare=1):
 
 def seconds_of(rows):
     return sum(row.num_samples for row in rows) / data.SAMPLE_RATE
-
-
-def advice(ranks, model):
-    """What shortens a long adaptation. Of base's size on a CPU it will be long for sure."""
-    ways = "fewer --steps, --method lora, or a smaller model as --init"
-    if ranks.device.type == "cpu" and model.config.dim >= Config().dim:
-        ranks.say(f"warning: a model of base's size takes days on a CPU. Shorter: {ways}, or a GPU",
-                  file=sys.stderr)
-    return ways
 
 
 def score(options, ranks, when, run):

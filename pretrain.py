@@ -626,14 +626,13 @@ def end_of_step(done, options, ranks, optimizer, log, stop, validate, contents):
 class Log:
     """Now and then a record, on the screen and in metrics.jsonl: the means since the last one."""
 
-    def __init__(self, options, ranks, length, first, totals, advice=""):
-        self.options, self.ranks, self.length, self.advice = options, ranks, length, advice
+    def __init__(self, options, ranks, length, first, totals):
+        self.options, self.ranks, self.length = options, ranks, length
         self.path = Path(options.out) / "metrics.jsonl"
         self.totals = totals or dict(
             seconds=0.0, audio_seconds=0.0, skipped=0, skipped_in_a_row=0, bad_recordings=0)
         self.metrics, self.record, self.told, self.began = [], {}, set(), time.time()
         self.heard = torch.zeros(2, dtype=torch.float64)  # samples, bad recordings
-        self.to_do, self.times = length - first, []  # steps; when the first of them were done
         if ranks.first:
             # What was logged after the last checkpoint comes again, also a line that was cut off.
             lines = self.path.read_text(errors="replace").splitlines(keepends=True)
@@ -655,12 +654,6 @@ class Log:
     def add(self, metrics):
         """Nothing waits for a GPU here."""
         self.metrics.append(metrics)
-        if len(self.times) < 6 and "grad_norm" in metrics:
-            self.times.append(time.time())
-            left = (self.times[-1] - self.times[0]) / 5 * self.to_do  # the first is often slower
-            if len(self.times) == 6 and left > 1800:
-                self.ranks.say(
-                    f"{self.to_do} steps will take about {left / 3600:.1f} h. {self.advice}")
 
     def write(self, step):
         """Every rank has to call it, because it sums what all ranks heard. Skipped steps need no

@@ -740,22 +740,17 @@ def test_the_objective_brings_its_schedule():
 
 
 def test_the_log_says_how_a_run_goes(tmp_path, capsys):
-    """That the codebooks collapse, how long it will take, and that steps are skipped."""
+    """That the codebooks collapse, and that steps are skipped."""
     options = pretrain.Options(out=str(tmp_path))
     lines = '{"step": 0}\n{"step": 7}\n\0\0\n[1]\n{"step": 0, "lo'  # after a crash; 7 comes again
     (tmp_path / "metrics.jsonl").write_text(lines)
-    log = pretrain.Log(options, ONE, 9, 0, None, advice="Take fewer.")
+    log = pretrain.Log(options, ONE, 9, 0, None)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
     for step, usage in (1, 0.8), (2, 0.3):
         log.add({"usage_entropy": torch.tensor(usage), "skipped": torch.tensor(0.0)})
         log.write(step)
         assert ("collapsing" in capsys.readouterr().out) == (usage < 0.5)
-    log.to_do, log.times = 10**9, []
-    for _ in range(6):
-        log.add({"grad_norm": torch.tensor(math.nan), "skipped": torch.tensor(1.0)})
-        time.sleep(0.01)
-    assert re.search(r"will take about \d+\.\d h\. Take fewer", capsys.readouterr().out)
-    log.metrics *= 4
+    log.metrics = [{"grad_norm": torch.tensor(math.nan), "skipped": torch.tensor(1.0)}] * 20
     complains("20 steps in a row up to step 3 had no finite gradient", log.write, 3)
 
 
@@ -1153,7 +1148,7 @@ def test_adaptation(cli, toy, meta_run, method):
     assert status == 0 and "change" in out, err
     config = json.loads(Path("whole/config.json").read_text())
     losses = metrics("whole", "valid_loss")  # before, and at each checkpoint
-    assert len(losses) == 3 and min(losses) > 0 and "unit_entropy " in out
+    assert len(losses) == 3 and min(losses) > 0 and "held out: active " in out
     assert config["audio"]["recordings"] == 9 and config["model"]["encoder_layer_drop"] == 0
     names = moved(meta_run, "whole")
     linears = re.compile(r"student\.layers\.\d\.(attention|feed_forward)\.\w+\.weight")
@@ -1180,12 +1175,6 @@ def test_adaptation_scores_items_of_its_own(cli, toy, meta_run):
         assert cli(evaluate, "abx", "--model", model, *words, "--out", "x.json")[0] == 0
         assert Path("x.json").read_text() == Path(f"run/abx_{when}.json").read_text()
     refused(cli(adapt, *adaptation(toy, meta_run, "--items", "none.item"), "--out", "new"), "none.")
-
-
-def test_adaptation_says_at_once_that_base_takes_days_on_a_cpu(capsys):
-    for dim in 128, 768:
-        assert "--method lora" in adapt.advice(ONE, MagicMock(config=Config(dim=dim, heads=4)))
-        assert ("days on a CPU" in capsys.readouterr().err) == (dim == 768)
 
 
 @linux
