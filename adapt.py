@@ -12,8 +12,8 @@ In: a run or checkpoint of any stage, or a released one, and a folder or manifes
     W = W0 + B A in the place of W0, with --method lora or dama   (12) low-rank updates
 
 A tenth of the audio is held out, to tell what can be known without labels: loss, accuracy and
-codewords in use, before the first step (after forgetting) and at the end. A table tells how far each
-layer moved. With --items ABX is scored, too. In preset small the teacher moves and nothing is
+codewords in use, before the first step (after forgetting) and at the end. A table tells how far
+each layer moved. With --items ABX is scored, too. In preset small the teacher moves and nothing is
 forgotten.
 """
 

@@ -905,7 +905,7 @@ OPTIONS = {
     "--max-size-group": dict(type=positive, help="tokens of a phone, 10 in ZeroSpeech [all]"),
     "--max-x-across": dict(type=positive, help="speakers of X, 5 in ZeroSpeech [all]"),
     "--languages": dict(help="codes, separated by commas [all that are there]"),
-    "--split": dict(default="test", help="of DiscoPhon: train-10min, train-1h, train-10h, dev [test]"),
+    "--split": dict(default="test", help="train-10min, train-1h, train-10h, dev or [test]"),
     "--keep-features": dict(action="store_true", help="write the features too"),
     "--seed": dict(type=int, default=0, help="of that choice [0]"),
     "--out": dict(help="a folder; units: JSONL, abx, quality: JSON"),

@@ -1,11 +1,13 @@
 """The experiments behind docs/findings.md and their pictures.
 
-    python extras/experiments.py table --seed 0  # or labels, layers, batch, grid, far, maml, follow
-    python extras/experiments.py draw            # docs/results/README.md, docs/*.svg
+    python extras/experiments.py real --seed 0     # with the corpus of extras/speech.py; or curve
+    python extras/experiments.py table --seed 0    # with the toy world, as are the others:
+                                                   # labels, layers, batch, grid, far, maml, follow
+    python extras/experiments.py draw              # docs/results/README.md, docs/*.svg
 
 in the repository's folder. Each result is a line of docs/results/NAME.jsonl, the runs are in
 runs/experiments. Where it was killed, the same command goes on. Two of them run side by side with
-OMP_NUM_THREADS=1. They show how the method works on the toy world, not how well it works on speech.
+OMP_NUM_THREADS=1.
 """
 
 import argparse
@@ -32,6 +34,7 @@ import evaluate
 import model as networks
 import pretrain
 from extras import page, speech, toy
+from model import require
 
 RUNS, RESULTS, TOY = Path("runs/experiments"), Path("docs/results"), Path("runs/toy")
 LAYER = 3
@@ -44,7 +47,7 @@ def run(script, *words):
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     with open(RUNS / "log.txt", "a") as log:
         log.write(done.stderr)
-    networks.require(done.returncode == 0, f"{script} failed: {done.stderr.strip()[-300:]}")
+    require(done.returncode == 0, f"{script} failed: {done.stderr.strip()[-300:]}")
     return done.stdout
 
 
@@ -351,9 +354,11 @@ TESTS = {  # items, their audio and alignments, and the audio to adapt to
                 ENGLISH / "adapt.csv"),
 }
 SPEAKERS = "within", "across"
-REAL = "--preset", "small", "--manifest", CORPUS / "manifest.csv"
-LABELS = "--alignments", CORPUS / "alignments.csv"
+REAL = ("--preset", "small", "--manifest", CORPUS / "manifest.csv",
+        "--alignments", CORPUS / "alignments.csv")
 REAL_STEPS = {"sl": 2400, "ssl": 800}
+CURVE = {"sl": 400, "ssl": 200}  # steps from one point to the next
+REAL_MODELS = "mfcc", "untrained", *(name for name in MODELS if "single" not in name)
 
 
 def hold_out_english():
@@ -385,11 +390,10 @@ def hold_out_english():
     speech.write_items(ENGLISH / "english.item", items)
 
 
-def measure(model, test):
+def measure(encoder, test):
     """All measures of LAYER, in percent."""
     items, audio, alignments, _ = TESTS[test]
-    rows, encoder = data.read_manifest(audio), evaluate.load_encoder(str(model))
-    layer = encoder.layer(min(LAYER, encoder.layers))
+    rows, layer = data.read_manifest(audio), min(LAYER, encoder.layers)
     features = {file: x[layer] for file, x in evaluate.extract(rows, encoder, [layer])}
     found = {f"features {speaker}": evaluate.abx(features, items, speaker) for speaker in SPEAKERS}
     if encoder.codewords:
@@ -402,17 +406,42 @@ def measure(model, test):
     return {name: round(value, 2) for name, value in found.items()}
 
 
+def real_model(name, seed):
+    """A model of the table, trained if it is not there: "sl", "ssl-foblo"."""
+    start, _, method = name.partition("-")
+    model = pretrained(start, seed, *REAL, "--steps", REAL_STEPS[start], name="-real")
+    return then(model, seed, method, *REAL) if method else model
+
+
 def real(seed, minutes, models):
-    """The papers' table on real speech, with Mboshi as the new language."""
-    for name in models or [name for name in MODELS if "single" not in name]:
-        start, _, method = name.partition("-")
-        model = pretrained(start, seed, *REAL, *LABELS, "--steps", REAL_STEPS[start], name="-real")
-        model = then(model, seed, method, *REAL, *LABELS) if method else model
-        for amount in minutes:
-            key = {"seed": seed, "model": name, "minutes": amount, "test": "mboshi"}
-            if not known("real", **key):
-                out = adapted(model, seed, TESTS["mboshi"][3], amount) if amount else model
-                record("real", key, measure(out, "mboshi"))
+    """The papers' table on real speech: Mboshi, before adaptation and after 10 and 25 minutes."""
+    for name, amount in itertools.product(models or REAL_MODELS, minutes):
+        key = {"seed": seed, "model": name, "minutes": amount}
+        if known("real", **key) or amount and name in ("mfcc", "untrained"):
+            continue
+        if name == "untrained":
+            torch.manual_seed(seed)
+            net = networks.SpidR(networks.Config(**networks.PRESETS["small"])).eval()
+            encoder = evaluate.spidr_encoder(name, net)
+        else:
+            model = "mfcc" if name == "mfcc" else real_model(name, seed)
+            if amount:
+                model = adapted(model, seed, TESTS["mboshi"][3], amount)
+            encoder = evaluate.load_encoder(str(model))
+        record("real", key, measure(encoder, "mboshi"))
+
+
+def curve(seed):
+    """ABX of Mboshi in the course of the training."""
+    for start, every in CURVE.items():
+        model = real_model(start, seed)
+        for path in model.glob("step_*.pt"):
+            key = {"seed": seed, "model": start, "step": int(path.stem.removeprefix("step_"))}
+            if key["step"] % every == 0 and not known("curve", **key):
+                [row] = [row for row in map(json.loads, open(model / "metrics.jsonl"))
+                         if row["step"] == key["step"]]
+                key["hours"] = round(row["audio_seconds"] / 3600, 2)
+                record("curve", key, measure(evaluate.load_encoder(str(path)), "mboshi"))
 
 
 # ======== tables and pictures ========
@@ -602,19 +631,24 @@ def draw_grid(rows, before):
 
 
 def main():
-    experiments = table, labels, layers, batch, grid, far, maml, follow, draw
+    experiments = real, curve, table, labels, layers, batch, grid, far, maml, follow, draw
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=[f.__name__ for f in experiments])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=int, nargs="+", default=[0, 10, 3, 1], help="table")
-    parser.add_argument("--models", nargs="+", help="table: such as sl-foblo; unless given all")
+    parser.add_argument("--minutes", type=int, nargs="+", help="table, real: of adaptation")
+    parser.add_argument("--models", nargs="+", help="table, real: such as sl-foblo; else all")
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(exist_ok=True)
-    if args.experiment != "draw":
+    more = ()
+    if args.experiment in ("table", "real"):
+        usual = [0, 10, 3, 1] if args.experiment == "table" else [0, 10, 25]
+        more = args.minutes or usual, args.models
+    if args.experiment in ("real", "curve"):
+        require((CORPUS / "manifest.csv").exists(), f"{CORPUS}: python extras/speech.py makes it")
+    elif args.experiment != "draw":
         toy.toy(TOY)
-    more = (args.minutes, args.models) if args.experiment == "table" else ()
     {f.__name__: f for f in experiments}[args.experiment](args.seed, *more)
 
 

@@ -179,7 +179,8 @@ def test_librispeech(cli):
     Path("grids").mkdir()
     for n, end in (0, 0.5), (1, 0.9), (7, 0.5):
         phones = [(0, 0.1, ""), (0.1, 0.2, "AH0"), (0.2, end, "spn")]
-        formats.write_textgrid(Path(f"grids/84-1-000{n}.TextGrid"), end, dict(words=[], phones=phones))
+        path = Path(f"grids/84-1-000{n}.TextGrid")
+        formats.write_textgrid(path, end, dict(words=[], phones=phones))
     Path("grids/84-1-0002.TextGrid").write_text("File type")
     rows, phones, err = written(cli, "librispeech", "--alignments", "grids")
     assert rows == [(f"84-1-000{n}", 8000, "en") for n in range(3)]
@@ -453,7 +454,7 @@ def test_pairs_from_audio(trained, tmp_path, monkeypatch):
 # ======== experiments ========
 
 
-def test_each_experiment_runs(cli, small_presets, monkeypatch):
+def test_each_experiment_runs(cli, toy, small_presets, monkeypatch):
     def run(script, *words):
         words = [{"10min": "3s", 600: 3, 4: 1}.get(word, word) for word in words]
         status, out, err = cli(module_of(script), *words)
@@ -469,7 +470,14 @@ def test_each_experiment_runs(cli, small_presets, monkeypatch):
     experiments.table(0, [0, 10], ["sl-foblo"])
     one_language = partial(experiments.discover, languages=["goxi"])
     monkeypatch.setattr(experiments, "discover", one_language)
-    for name in "labels layers batch grid far maml follow draw".split():
+    corpus = "--manifest", toy / "train.csv", "--alignments", toy / "train_alignments.csv"
+    test = [toy / f"eval/goxi{end}" for end in (".item", ".csv", "_alignments.csv")]
+    for name, value in (("REAL", ("--preset", "small", *corpus)), ("CURVE", {"sl": 1}),
+                        ("TESTS", {"mboshi": [*test, toy / "target/goxi.csv"]}),
+                        ("REAL_STEPS", {"sl": 3})):
+        monkeypatch.setattr(experiments, name, value)
+    experiments.real(0, [0, 10], ["mfcc", "untrained", "sl-control"])
+    for name in "curve labels layers batch grid far maml follow draw".split():
         getattr(experiments, name)(0)
 
 
