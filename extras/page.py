@@ -1,7 +1,7 @@
 """A page to look at and to listen to, for a browser.
 
-    python extras/page.py                                         the newest runs on the toy world
-    python extras/page.py --model M --audio A [--alignments P]    these recordings and their units
+    python extras/page.py                                             the newest toy runs
+    python extras/page.py --model M ... --audio A [--alignments P]    recordings and their units
 """
 
 import argparse
@@ -138,19 +138,22 @@ def tables_of(results, name):
 
 
 def look(args):
-    """Some recordings: to see and to hear what their units are."""
-    encoder = load_encoder(args.model)
+    """Some recordings: to see and to hear what their units are, by one model or by several, such as
+    before and after adaptation."""
+    encoders = {name if args.model[1:] else "": load_encoder(name) for name in args.model}
+    layers = {encoder.layer(args.layer, units=True) for encoder in encoders.values()}
     rows = data.read_manifest(args.audio)
     phones = read_phones(args.alignments) if args.alignments else {}
-    parts = [f"<h1>{html.escape(args.model)}, layer {encoder.layer(args.layer, units=True)}</h1>",
+    title = f"{', '.join(args.model)}, layer {', '.join(map(str, sorted(layers)))}"
+    parts = [f"<h1>{html.escape(title)}</h1>",
              text("A box is a run of one unit, and a unit has the same colour everywhere. Listen "
                   "whether it also has the same sound.")]
     for row in rows[:5]:
         parts += [f"<h2>{html.escape(row.fileid)}</h2>",
-                  utterance(row, {"": encoder}, phones.get(row.fileid), args.layer)]
-    if phones:
+                  utterance(row, encoders, phones.get(row.fileid), args.layer)]
+    for encoder in encoders.values() if phones else ():
         units = units_of([row for row in rows if row.fileid in phones], encoder, args.layer)
-        parts += ["<h2>The units of each phone</h2>", heat_map(units, phones, args.model)]
+        parts += ["<h2>The units of each phone</h2>", heat_map(units, phones, encoder.name)]
     write_page(args.out, parts)
     print(f"{args.out}: open it in a browser")
 
@@ -315,7 +318,7 @@ def html_table(header, rows):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a run, a checkpoint, or a released model")
+    parser.add_argument("--model", nargs="+", help="runs, checkpoints, or released models")
     parser.add_argument("--audio", help="a folder of audio, a manifest or one file")
     parser.add_argument("--alignments", help="its phones, if they are known")
     parser.add_argument("--layer", type=int, help="whose units [the second with a codebook]")
