@@ -133,6 +133,9 @@ def forget(model, micro_batches, options, ranks, episode_seed, step_seed):
     for codebook, head in zip(model.codebooks, model.heads):
         codebook.reset()  # (11)
         head[0].reset_parameters()  # (11)
+    if options.codebook_start == "targets":
+        from extras import small_batches  # base has no need of it
+        small_batches.start_codebooks(model, micro_batches[0], options, ranks)
     seed_step(*step_seed)
     inputs, labels = [], []
     with torch.no_grad(), autocast(options, ranks):

@@ -662,12 +662,14 @@ def backward_and_sum(loss, model, group, last):
         message.wait()
 
 
-def send_from_first(model):
-    """All ranks begin with the first one's weights: unlike machines may have made unlike ones."""
-    if dist.is_initialized():
+def send_from_first(model, group=None):
+    """All ranks of a group begin with the first one's weights: unlike machines may have made unlike
+    ones."""
+    if not alone(group):
+        first = dist.get_global_rank(group, 0) if group else 0
         for t in model.state_dict().values():
             message = t.contiguous()
-            dist.broadcast(message, 0)
+            dist.broadcast(message, first, group)
             t.copy_(message)
 
 

@@ -82,6 +82,7 @@ class StageOptions(RunOptions):
     max_samples: int = option(320_000, "longest crop (20 s)")
     min_samples: int = option(2_000, "shortest recording")
     crop_multiple: int = option(1_600, "crops are cut to a multiple of this: few distinct shapes")
+    codebook_start: str = option("noise", "fresh codewords; targets: those of the first step")
     mask_prob: float = option(0.8, "masked spans x span / frames")
     mask_span: int = option(10, "frames of a span")
 
@@ -97,7 +98,6 @@ class Options(StageOptions):
     steps: int = option(400_000, "optimizer steps; warm-up, hold, decay, freeze_step scale along")
     freeze_step: int = option(200_000, "from then on the downsampler and projection are frozen")
     mel_steps: int = option(0, "before the first step: fit the front end to log-mel spectra")
-    codebook_start: str = option("noise", "the first codewords; targets: those of the first step")
     supervised_every: int = option(10, "with alignments: one supervised step in so many; 0: none")
     supervised_layer: int = option(8, "whose output the phone classifiers read")
     save_every: int = option(1_000, "steps between checkpoints (last.pt)")
@@ -111,7 +111,8 @@ TINY = dict(batch_samples=256_000, max_samples=64_000, crop_multiple=16_000, mas
             mask_span=8, loaders=0)
 # small, for real speech: steps of 32 s, recordings of 1.5 s and more, and a start that has heard
 # speech (mel_steps and codebook_start: extras/small_batches.py).
-SMALL = TINY | dict(batch_samples=512_000, crop_multiple=8_000, min_samples=24_000)
+SMALL = TINY | dict(batch_samples=512_000, crop_multiple=8_000, min_samples=24_000,
+                    codebook_start="targets")
 PRESETS = {
     "base": {},
     "tiny": TINY | dict(
@@ -119,8 +120,8 @@ PRESETS = {
         freeze_step=1200, supervised_every=2, supervised_layer=3, save_every=250, keep_every=0),
     "small": SMALL | dict(
         steps=800, lr=1e-3, lr_floor=0.05, warmup_steps=50, hold_steps=480, decay_steps=270,
-        freeze_step=800, mel_steps=200, codebook_start="targets", supervised_every=4,
-        supervised_layer=3, save_every=200, keep_every=200),
+        freeze_step=800, mel_steps=200, supervised_every=4, supervised_layer=3, save_every=200,
+        keep_every=200),
 }
 
 
@@ -331,8 +332,8 @@ def check_numbers(options):
 def check_options(options, config):
     check_numbers(options)
     o, layer = options, getattr(options, "supervised_layer", 1)
-    start = getattr(options, "codebook_start", "noise")
-    require(start in ("noise", "targets"), f"--codebook-start {start}: noise or targets")
+    require(o.codebook_start in ("noise", "targets"),
+            f"--codebook-start {o.codebook_start}: noise or targets")
     require(0 < o.mask_prob < 1, f"--mask-prob {o.mask_prob}: between 0 and 1")
     require(1 <= layer <= config.layers, f"--supervised-layer {layer}: from 1 to {config.layers}")
     require(o.min_samples <= o.max_samples <= o.batch_samples,

@@ -1,6 +1,7 @@
 """The experiments behind docs/findings.md and their pictures.
 
-    python extras/experiments.py real --seed 0     # with the corpus of extras/speech.py; or curve
+    python extras/experiments.py real --seed 0     # with the corpus of extras/speech.py, as are
+                                                   # curve and adaptation
     python extras/experiments.py table --seed 0    # with the toy world, as are the others:
                                                    # labels, layers, batch, grid, far, maml, follow
     python extras/experiments.py draw              # docs/results/README.md, docs/*.svg
@@ -387,6 +388,9 @@ def hold_out_english():
     for part, rows in parts.items():
         rows = [row._asdict() | {"path": Path(row.path).resolve()} for row in rows]
         data.write_csv(ENGLISH / f"{part}.csv", "fileid path num_samples language", rows)
+    labels = [dict(fileid=fileid, phones=" ".join(phones), language=language)
+              for fileid, (phones, language) in alignments.items() if language != "en"]
+    data.write_csv(ENGLISH / "labels.csv", "fileid phones language", labels)
     speech.write_items(ENGLISH / "english.item", items)
 
 
@@ -429,6 +433,31 @@ def real(seed, minutes, models):
                 model = adapted(model, seed, TESTS["mboshi"][3], amount)
             encoder = evaluate.load_encoder(str(model))
         record("real", key, measure(encoder, "mboshi"))
+
+
+ADAPTATIONS = {  # what is changed in preset small's adaptation
+    "as it is": "", "teacher moving, 0.99": "--ema-start 0.99",
+    "teacher moving, 0.999": "--ema-start 0.999",
+    "codebooks' decay 0.9": "--codebook-decay 0.9", "400 steps": "--steps 400",
+    "rate 5e-4": "--lr 5e-4", "rate 1e-4": "--lr 1e-4", "forgetting": "--forgetting",
+    "forgetting, rate 5e-4": "--forgetting --lr 5e-4",
+    "lora, rate 1e-3": "--method lora --lr 1e-3", "dama, rate 1e-3": "--method dama --lr 1e-3",
+}
+
+
+def adaptation(seed):
+    """What makes adaptation help: from SSL/SL that has not heard English to English."""
+    hold_out_english()
+    sources = "--manifest", ENGLISH / "sources.csv", "--alignments", ENGLISH / "labels.csv"
+    init = pretrained("sl", seed, "--preset", "small", *sources, name="-no-english")
+    for name, words in {"before": None, **ADAPTATIONS}.items():
+        key, out = {"seed": seed, "way": name}, init
+        if not known("adaptation", **key):
+            if words is not None:
+                out = RUNS / "-".join(["english", str(seed), *name.replace(",", "").split()])
+                run("adapt.py", "--init", init, "--seed", seed, "--out", out, "--held-out", 0,
+                    "--audio", ENGLISH / "adapt.csv", *words.split())
+            record("adaptation", key, measure(evaluate.load_encoder(str(out)), "english"))
 
 
 def curve(seed):
@@ -631,7 +660,7 @@ def draw_grid(rows, before):
 
 
 def main():
-    experiments = real, curve, table, labels, layers, batch, grid, far, maml, follow, draw
+    experiments = real, curve, adaptation, table, labels, layers, batch, grid, far, maml, follow, draw
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=[f.__name__ for f in experiments])
@@ -645,7 +674,7 @@ def main():
     if args.experiment in ("table", "real"):
         usual = [0, 10, 3, 1] if args.experiment == "table" else [0, 10, 25]
         more = args.minutes or usual, args.models
-    if args.experiment in ("real", "curve"):
+    if args.experiment in ("real", "curve", "adaptation"):
         require((CORPUS / "manifest.csv").exists(), f"{CORPUS}: python extras/speech.py makes it")
     elif args.experiment != "draw":
         toy.toy(TOY)

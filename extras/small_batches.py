@@ -1,5 +1,5 @@
-"""What a start with small batches needs, and base does without: preset small's --mel-steps and
---codebook-start targets. docs/findings.md has what they bring."""
+"""What small batches need, and base does without: --mel-steps and --codebook-start targets of preset
+small. docs/findings.md has what they bring."""
 
 import torch
 
@@ -51,4 +51,4 @@ def start_codebooks(model, batch, options, ranks):
     for codebook, t in zip(model.codebooks, targets):
         some = torch.randperm(len(t))[: len(codebook.counts)].to(t.device)
         codebook.codebook[: len(some)] = t[some].to(codebook.codebook.dtype)
-    networks.send_from_first(model.codebooks)
+    networks.send_from_first(model.codebooks, ranks.group)

@@ -454,19 +454,25 @@ def test_pairs_from_audio(trained, tmp_path, monkeypatch):
 # ======== experiments ========
 
 
-def test_each_experiment_runs(cli, toy, small_presets, monkeypatch):
+@pytest.fixture
+def experiment(cli, small_presets, monkeypatch):
+    """Experiments run their commands in this process, and shorter ones."""
     def run(script, *words):
         words = [{"10min": "3s", 600: 3, 4: 1}.get(word, word) for word in words]
         status, out, err = cli(module_of(script), *words)
         assert status == 0, (script, words, err)
         return out
 
-    for name, value in (("run", run), ("GRID", [[1]] * 3), ("BATCHES", [[4], [1e-3]]),
+    monkeypatch.setattr(experiments, "run", run)
+    experiments.RESULTS.mkdir(parents=True)
+
+
+def test_each_experiment_runs(toy, experiment, monkeypatch):
+    for name, value in (("GRID", [[1]] * 3), ("BATCHES", [[4], [1e-3]]),
                         ("INNER", [1]), ("FOLLOW", ([1], [("foblo", 1, 1), ("maml", 1, 1)])),
                         ("AMOUNTS", [10])):
         monkeypatch.setattr(experiments, name, value)
     monkeypatch.setattr(toy_world, "FAR", ["qxan"])
-    experiments.RESULTS.mkdir(parents=True)
     experiments.table(0, [0, 10], ["sl-foblo"])
     one_language = partial(experiments.discover, languages=["goxi"])
     monkeypatch.setattr(experiments, "discover", one_language)
@@ -479,6 +485,40 @@ def test_each_experiment_runs(cli, toy, small_presets, monkeypatch):
     experiments.real(0, [0, 10], ["mfcc", "untrained", "sl-control"])
     for name in "curve labels layers batch grid far maml follow draw".split():
         getattr(experiments, name)(0)
+
+
+def test_english_is_held_out(toy, experiment, monkeypatch):
+    """A speaker's recordings are in one part each; the sources have none of them."""
+    rows, labels = [], []
+    for part, language in ("train", ""), ("eval/goxi", "en"):
+        for path, lines in (f"{part}.csv", rows), (f"{part}_alignments.csv", labels):
+            for _, line in data.read_table(toy / path):
+                line["language"] = language or line["language"]
+                lines.append(line | {"path": toy / "eval" / line.get("path", "")} if language else
+                             line | {"path": toy / line.get("path", "")})
+    data.write_csv(Path("corpus/manifest.csv"), "fileid path num_samples language", rows)
+    data.write_csv(Path("corpus/alignments.csv"), "fileid phones language", labels)
+    monkeypatch.setattr(experiments, "CORPUS", Path("corpus"))
+    folder = experiments.ENGLISH
+    experiments.hold_out_english()
+    ids = {name: {row.fileid for row in data.read_manifest(folder / f"{name}.csv")}
+           for name in ("eval", "adapt", "sources")}
+    assert ids["eval"] == {"goxi-eval-0-0000"} and ids["adapt"] == {"goxi-eval-1-0001"}
+    assert len(ids["sources"]) == len(rows) - 2 and not ids["sources"] & (ids["eval"] | ids["adapt"])
+    # The items lie where the alignment has their phones.
+    alignments = data.read_alignments("corpus/alignments.csv")
+    items = [line.split() for line in open(folder / "english.item")][1:]
+    assert len(items) > 100
+    for file, start, end, phone, *_ in items:
+        phones = alignments[file][0][round(100 * float(start)) : round(100 * float(end))]
+        assert {*phones} == {phone}
+    monkeypatch.setattr(experiments, "ADAPTATIONS", {"as it is": ""})
+    monkeypatch.setattr(experiments, "SPEAKERS", ["within"])  # of one speaker
+    monkeypatch.setitem(experiments.TESTS, "english", [
+        folder / "english.item", folder / "eval.csv", "corpus/alignments.csv", ""])
+    experiments.adaptation(0)
+    before, after = experiments.results("adaptation")
+    assert before["way"] == "before" and after["features within"] > 0
 
 
 def test_a_step_is_timed(cli):
