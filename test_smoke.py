@@ -704,10 +704,15 @@ def test_the_front_end_is_frozen_from_the_step_that_says_so(cli, toy):
     assert not moved("half", "run") & front and "heads.0.0.weight" in moved("half", "run")
 
 
-def test_codewords_begin_as_targets():
-    """Of the first batch, each another one."""
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_codewords_begin_as_targets(forgotten):
+    """Of the first batch, each another one, also when they begin afresh."""
     model, batch = formula_model().train(), formula_batch(12345)
-    small_batches.start_codebooks(model, batch, pretrain.Options(bf16=False), ONE)
+    options = meta_train.Options(bf16=False, codebook_start="targets")
+    if forgotten:
+        meta_train.forget(model, [batch], options, ONE, (0,), (0,))
+    else:
+        small_batches.start_codebooks(model, batch, options, ONE)
     _, targets = model.masked_frames(batch["wav"], batch["mask"])
     for codebook, t in zip(model.codebooks, targets):
         near_ones = torch.cdist(codebook.codebook, t) < 0.01
