@@ -517,11 +517,15 @@ def table_of(title, header, lines):
                      [f"| {' | '.join(map(str, row))} |" for row in rows])
 
 
-ABOUT = """# Results at toy scale
+ABOUT = """# Results
 
-Made by `python extras/experiments.py NAME --seed S` on the toy world with the preset tiny, and
-written by `python extras/experiments.py draw`. In percent: of each seed the mean over the unseen
-languages, and of these mean ± standard deviation (number of seeds)."""
+Made by `python extras/experiments.py NAME --seed S`, written by `python extras/experiments.py
+draw`. In percent: mean ± standard deviation over seeds (number of seeds).
+
+## Real speech: preset small, Mboshi"""
+ABOUT_TOY = """
+## Toy world: preset tiny, of each seed the mean over the unseen languages"""
+REAL_TABLES = {"real": ["model", "minutes"], "adaptation": ["way"], "curve": ["model", "step"]}
 MEASURES = ["features across", "units across", "pnmi", "per", "f1", "r_value"]
 TABLES = {  # columns that tell the rows apart, and the others
     "labels": ("seconds then", MEASURES[:3] + ["phone_accuracy"]),
@@ -535,7 +539,15 @@ TABLES = {  # columns that tell the rows apart, and the others
 
 def draw(_):
     """docs/results/README.md and the pictures, of all results that are there."""
-    parts, rows = [ABOUT], results("table")
+    parts, rows = [ABOUT], results("real")
+    columns = [f"{kind} {one}" for kind in ("features", "units") for one in SPEAKERS]
+    columns += ["pnmi", "per", "r_value", "active"]
+    for name, keys in REAL_TABLES.items():
+        found = dict.fromkeys(tuple(row[key] for key in keys) for row in results(name))
+        parts.append(table_of(name, keys + columns, [
+            [*values, *(by_seed(where(results(name), **dict(zip(keys, values))), column)
+                        for column in columns)] for values in found]))
+    parts, rows = [*parts, ABOUT_TOY], results("table")
     names = list(dict.fromkeys(row["model"] for row in rows))
     for measure in MEASURES:
         parts.append(table_of(
@@ -569,7 +581,7 @@ def draw(_):
         "seconds": "seconds of an episode, by inner steps M", "peak_memory_gib": "peak memory, GiB",
         "cosine": "cosine to FOBLO's meta-gradient"})
     draw_grid(results("grid"), where(results("table"), model="sl", minutes=0))
-    draw_speech(results("speech"))
+    draw_curves(results("curve"))
 
 
 def curves(name, rows, x, names, titles):
@@ -590,26 +602,24 @@ def curves(name, rows, x, names, titles):
     picture(name, plots, 250 + 14 * len(points))
 
 
-# The runs on real speech that the picture shows.
-CURVES = {
-    "mfcc": "MFCC", "s4": "from audio alone (SSL)", "fsl4": "a quarter of the steps on labels"}
 # The authors' run at full size, lowest and highest of the eight codebooks: loss, target_ppl.
 AUTHORS = {0: (5.54, 5.60, 51, 99), 5_000: (2.26, 2.49, 173, 206), 20_000: (1.57, 1.73, 181, 213),
            100_000: (1.06, 1.59, 180, 213), 400_000: (0.92, 1.40, 181, 213)}
 
 
-def draw_speech(rows):
+def draw_curves(rows):
     """docs/curves.svg: ABX of a language never heard over the hours of real speech in training; and
     loss and perplexity of the authors' run, which is the one that base is to repeat."""
-    rows = [row for row in rows if row["test"] == "mboshi" and row["run"] in CURVES
-            and "hours_audio" in row]
     if not rows:
         return
-    lines = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row["hours_audio"]):
-        lines[CURVES[row["run"]]].append((row["hours_audio"], row["across"]))
-    end = max(x for line in lines.values() for x, _ in line)
-    [(_, mfcc)] = lines.pop("MFCC")
+    shown = {"ssl": "from audio alone (SSL)", "sl": "a quarter of the steps on labels (SSL/SL)"}
+    points = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        points[shown[row["model"]]][row["step"]].append((row["hours"], row["features across"]))
+    lines = {name: [tuple(map(fmean, zip(*found))) for _, found in sorted(line.items())]
+             for name, line in points.items()}
+    end = max(hours for line in lines.values() for hours, _ in line)
+    mfcc = where(results("real"), model="mfcc")[0]["features across"]
     lines["MFCC, which learns nothing"] = [(0, mfcc), (end, mfcc)]
     loss, perplexity = (
         {name: [(step / 1000, row[column + i]) for step, row in AUTHORS.items()]
@@ -660,7 +670,8 @@ def draw_grid(rows, before):
 
 
 def main():
-    experiments = real, curve, adaptation, table, labels, layers, batch, grid, far, maml, follow, draw
+    experiments = (
+        real, curve, adaptation, table, labels, layers, batch, grid, far, maml, follow, draw)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=[f.__name__ for f in experiments])
