@@ -119,9 +119,9 @@ PRESETS = {
         steps=1200, lr=1.2e-3, lr_floor=0.05, warmup_steps=70, hold_steps=730, decay_steps=400,
         freeze_step=1200, supervised_every=2, supervised_layer=3, save_every=250, keep_every=0),
     "small": SMALL | dict(
-        steps=800, lr=1e-3, lr_floor=0.05, warmup_steps=50, hold_steps=480, decay_steps=270,
-        freeze_step=800, mel_steps=200, supervised_every=4, supervised_layer=3, save_every=200,
-        keep_every=200),
+        steps=2400, lr=1e-3, lr_floor=0.05, warmup_steps=150, hold_steps=1440, decay_steps=810,
+        freeze_step=2400, mel_steps=200, supervised_every=4, supervised_layer=3, save_every=200,
+        keep_every=400),
 }
 
 

@@ -436,12 +436,21 @@ def real(seed, minutes, models):
 
 
 ADAPTATIONS = {  # what is changed in preset small's adaptation
-    "as it is": "", "teacher moving, 0.99": "--ema-start 0.99",
-    "teacher moving, 0.999": "--ema-start 0.999",
-    "codebooks' decay 0.9": "--codebook-decay 0.9", "400 steps": "--steps 400",
-    "rate 5e-4": "--lr 5e-4", "rate 1e-4": "--lr 1e-4", "forgetting": "--forgetting",
-    "forgetting, rate 5e-4": "--forgetting --lr 5e-4",
-    "lora, rate 1e-3": "--method lora --lr 1e-3", "dama, rate 1e-3": "--method dama --lr 1e-3",
+    "as it is": "", "400 steps": "--steps 400", "rate 5e-4": "--lr 5e-4",
+    "codebooks' decay 0.9": "--codebook-decay 0.9",
+    "forgetting, codewords from noise, 5e-4":
+        "--forgetting --codebook-start noise --lr 5e-4",
+    "the same, 400 steps": "--forgetting --codebook-start noise --lr 5e-4 --steps 400",
+    "forgetting, codewords from targets, 5e-4": "--forgetting --lr 5e-4",
+    "the same, heads fitted in 200 steps": "--forgetting --lr 5e-4 --refit-steps 200",
+    "moving teacher": "--ema-start 0.999", "moving teacher, 5e-4": "--ema-start 0.999 --lr 5e-4",
+    "moving teacher, 1e-3": "--ema-start 0.999 --lr 1e-3",
+    "moving teacher, 5e-5": "--ema-start 0.999 --lr 5e-5",
+    "fast teacher": "--ema-start 0.99",
+    "moving teacher, forgetting, codewords from noise":
+        "--ema-start 0.999 --forgetting --codebook-start noise",
+    "moving teacher, lora, 1e-3": "--ema-start 0.999 --method lora --lr 1e-3",
+    "moving teacher, dama, 1e-3": "--ema-start 0.999 --method dama --lr 1e-3",
 }
 
 
