@@ -480,7 +480,7 @@ def test_each_experiment_runs(toy, experiment, monkeypatch):
     test = [toy / f"eval/goxi{end}" for end in (".item", ".csv", "_alignments.csv")]
     for name, value in (("REAL", ("--preset", "small", *corpus)), ("CURVE", {"sl": 1}),
                         ("TESTS", {"mboshi": [*test, toy / "target/goxi.csv"]}),
-                        ("REAL_STEPS", {"sl": 3})):
+                        ("REAL_STEPS", {"sl": []})):
         monkeypatch.setattr(experiments, name, value)
     experiments.real(0, [0, 10], ["mfcc", "untrained", "sl-control"])
     for name in "curve labels layers batch grid far maml follow draw".split():
