@@ -42,7 +42,6 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -327,8 +326,8 @@ def one_to_one(table, codewords=None):
     square = np.zeros((size, size))  # the rows at the end are of phones that do not occur
     likely = by_frequency(table)
     square[:phones, :used] = table[likely]
-    row_of = assignment(square)
-    return np.append(likely, range(phones, size))[row_of]
+    from extras.assignment import assignment
+    return np.append(likely, range(phones, size))[assignment(square)]
 
 
 PHONE_OF = {"many-to-one": many_to_one, "one-to-one": one_to_one}  # DiscoPhon's two tracks
@@ -369,10 +368,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_encoder(name, device=DEVICE):
-    if name == "mfcc":
-        return Encoder(name, "", 1, 0, 0, mfcc)
     if name in BASELINES:
-        return baseline(name, device)
+        from extras import baselines
+        return baselines.encoder(name, device)
     return spidr_encoder(str(name), load(name, device))
 
 
@@ -395,31 +393,6 @@ def hash_weights(net):
     for key, value in sorted(net.state_dict().items()):
         digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def mfcc(wav):
-    """13 coefficients with their first and second differences, [T, 39], of 25 ms windows that are
-    centred as our frames are."""
-    torchaudio, pad = data.import_torchaudio("mfcc"), (FIELD - HOP) // 2
-    mel = dict(n_fft=FIELD, hop_length=HOP, n_mels=40, center=False)
-    transform = torchaudio.transforms.MFCC(data.SAMPLE_RATE, 13, log_mels=True, melkwargs=mel)
-    deltas = torchaudio.functional.compute_deltas
-    c = transform(F.pad(wav, (pad, pad)))  # [13, T]
-    return {1: torch.cat([c, deltas(c), deltas(deltas(c))]).T.contiguous()}
-
-
-def baseline(name, device, pretrained=True):
-    """One of torchaudio's. pretrained=False: random weights, without a download."""
-    torchaudio = data.import_torchaudio(name)
-    pipeline = getattr(torchaudio.pipelines, name.upper())
-    make = pipeline.get_model if pretrained else getattr(torchaudio.models, name)
-    net = make().eval().to(device)
-
-    def encode(wav):
-        outputs = net.extract_features(wav[None].to(device))[0]
-        return {layer: x[0] for layer, x in enumerate(outputs, 1)}
-
-    return Encoder(name, hash_weights(net), 12, 0, 0, encode)
 
 
 def read_recording(row):
@@ -474,39 +447,6 @@ def edit_distance(x, y):
         longer[1:] = np.minimum(longer[1:], row[:-1] + (y != label))  # or it is y's, or made so,
         row = np.minimum.accumulate(longer - steps) + steps  # or labels of y are inserted
     return int(row[-1])
-
-
-def assignment(score):
-    """The row of each column in the one-to-one assignment with the largest sum of a square matrix.
-
-    Rows are added one by one, each along the shortest augmenting path (Crouse, 2016). Of equally
-    short ones it takes that of scipy.optimize.linear_sum_assignment, and so of DiscoPhon.
-    """
-    size = len(score)
-    row_price, column_price = np.zeros(size), np.zeros(size)
-    row_of, column_of = np.full(size, -1), np.full(size, -1)
-    for new in range(size):
-        path, came_from = np.full(size, np.inf), np.full(size, -1)
-        row, shortest, columns, reached = new, 0.0, np.arange(size)[::-1].copy(), []
-        while row >= 0:
-            cost = shortest - score[row, columns] - row_price[row] - column_price[columns]
-            better = cost < path[columns]
-            path[columns[better]], came_from[columns[better]] = cost[better], row
-            shortest = path[columns].min()
-            equal = np.flatnonzero(path[columns] == shortest)
-            free = equal[row_of[columns[equal]] < 0]
-            at = free[-1] if len(free) else equal[0]
-            column = columns[at]
-            columns[at], columns = columns[-1], columns[:-1]
-            reached.append(column)
-            row = row_of[column]
-        row_price[new] += shortest
-        row_price[row_of[reached[:-1]]] += shortest - path[reached[:-1]]
-        column_price[reached] -= shortest - path[reached]
-        while row != new:  # along the path back, each row takes the column that it came to
-            row = row_of[column] = came_from[column]
-            column_of[row], column = column, column_of[row]
-    return row_of
 
 
 # ======== ABX: items and their frames ========

@@ -38,7 +38,7 @@ import evaluate
 import meta_train
 import model as networks
 import pretrain
-from extras import formats, page, small_batches, unit_lm
+from extras import assignment, baselines, formats, page, small_batches, unit_lm
 from extras import toy as toy_world
 from model import Config, InputError, SpidR, num_frames
 
@@ -1381,7 +1381,7 @@ def test_one_to_one_is_the_best_assignment():
     for seed in range(10):
         table = np.random.default_rng(seed).integers(0, 4, (6, 6))
         best = max(table[list(rows), range(6)].sum() for rows in itertools.permutations(range(6)))
-        rows = evaluate.assignment(table)
+        rows = assignment.assignment(table)
         assert sorted(rows) == [*range(6)] and table[rows, range(6)].sum() == best
     complains("3 phones, silence included, for 2 units", evaluate.one_to_one, np.ones((3, 2)), 2)
 
@@ -1497,12 +1497,12 @@ def test_windows_tile_a_long_recording(tmp_path):
 
 def test_baselines():
     wav = data.standardise(torch.sin(torch.arange(16000) ** 1.5 / 500))
-    assert evaluate.mfcc(wav)[1].shape == (50, 39)
+    assert baselines.mfcc(wav)[1].shape == (50, 39)
     click = torch.zeros(16000)
     click[320 * 20 + 160] = 1  # the centre of frame 20
-    energy = evaluate.mfcc(click)[1][:, 0]
+    energy = baselines.mfcc(click)[1][:, 0]
     assert energy.argmax() == 20 and torch.allclose(energy[19], energy[21], atol=1e-3)
-    encoder = evaluate.baseline("hubert_base", "cpu", pretrained=False)
+    encoder = baselines.encoder("hubert_base", "cpu", pretrained=False)
     outputs = encoder.encode(wav)
     assert [*outputs] == [*range(1, 13)] and outputs[6].shape == (49, 768)
 
