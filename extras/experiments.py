@@ -622,7 +622,7 @@ def draw_curves(rows):
     loss and perplexity of the authors' run, which is the one that base is to repeat."""
     if not rows:
         return
-    shown = {"ssl": "from audio alone (SSL)", "sl": "a quarter of the steps on labels (SSL/SL)"}
+    shown = {"ssl": "SSL: audio alone", "sl": "SSL/SL: some labels"}
     points = defaultdict(lambda: defaultdict(list))
     for row in rows:
         points[shown[row["model"]]][row["step"]].append((row["hours"], row["features across"]))
@@ -630,7 +630,7 @@ def draw_curves(rows):
              for name, line in points.items()}
     end = max(hours for line in lines.values() for hours, _ in line)
     mfcc = where(results("real"), model="mfcc")[0]["features across"]
-    lines["MFCC, which learns nothing"] = [(0, mfcc), (end, mfcc)]
+    lines["MFCC: learns nothing"] = [(0, mfcc), (end, mfcc)]
     loss, perplexity = (
         {name: [(step / 1000, row[column + i]) for step, row in AUTHORS.items()]
          for i, name in enumerate(("the lowest of 8 codebooks", "the highest"))}
