@@ -174,9 +174,7 @@ def main():
         score(options, ranks, "after", options.out)
         return pretrain.finished(options, ranks)
     score(options, ranks, "before", options.init)
-    if ranks.device.type == "cpu" and model.config.dim >= Config().dim:
-        ranks.say("warning: base takes days on a CPU. Shorter: fewer --steps, --method lora, a "
-                  "smaller model, or a GPU", file=sys.stderr)
+    warn_of_days(ranks, model.config)
     log, stop = Log(options, ranks, options.steps, first, totals), Stop(ranks)
 
     # ======== loop ========
@@ -215,6 +213,12 @@ def check_options(options):
     require(0 <= o.held_out < 1, f"--held-out {o.held_out}: from 0 to less than 1")
     require(1 <= o.rank_min <= o.rank_max,
             f"--rank-min {o.rank_min}, --rank-max {o.rank_max}: 1 <= min <= max")
+
+
+def warn_of_days(ranks, config):
+    if ranks.device.type == "cpu" and config.dim >= Config().dim:
+        ranks.say("warning: base takes days on a CPU. Shorter: fewer --steps, --method lora, a "
+                  "smaller model, or a GPU", file=sys.stderr)
 
 
 @torch.no_grad()

@@ -719,6 +719,18 @@ def test_codewords_begin_as_targets(forgotten):
         assert near_ones.sum() == 8 and near_ones.any(1).all()
 
 
+def test_a_new_network_is_prepared(cli, toy):
+    """Its front end and its codewords; not those of --init."""
+    still = small(toy, "--steps", 1, "--lr", 1e-12, "--codebook-decay", 1)
+    ways = "--mel-steps", 2, "--codebook-start", "targets"
+    of_init = still[len(NETWORK.split()) :]
+    for out, words in (("plain", still), ("new", [*still, *ways]),
+                       ("old", [*of_init, *ways, "--init", "plain"])):
+        assert cli(pretrain, *words, "--out", out)[0] == 0, out
+    parts = {"codebooks.0.codebook", "codebooks.1.codebook", "feature_projection.projection.weight"}
+    assert parts <= moved("plain", "new") and not parts & moved("plain", "old")
+
+
 def test_the_front_end_learns_log_mel_spectra(toy):
     torch.manual_seed(0)
     options = pretrain.Options(mel_steps=30, batch_samples=32_000, max_samples=32_000)
@@ -1180,6 +1192,12 @@ def test_adaptation_scores_items_of_its_own(cli, toy, meta_run):
         assert cli(evaluate, "abx", "--model", model, *words, "--out", "x.json")[0] == 0
         assert Path("x.json").read_text() == Path(f"run/abx_{when}.json").read_text()
     refused(cli(adapt, *adaptation(toy, meta_run, "--items", "none.item"), "--out", "new"), "none.")
+
+
+def test_base_on_a_cpu_is_warned_of(capsys):
+    for dim in 128, 768:
+        adapt.warn_of_days(ONE, Config(dim=dim, heads=4))
+        assert ("days on a CPU" in capsys.readouterr().err) == (dim == 768)
 
 
 @linux
