@@ -69,7 +69,7 @@ PRESETS = {
     "tiny": pretrain.TINY | dict(
         steps=200, lr=5e-4, lr_floor=0.05, warmup_steps=20, rank_max=16, log_every=50,
         save_every=50),
-    # In small nothing is forgotten: on held-out English that made the units better in all measures.
+    # In small nothing is forgotten: that helped on held-out English (docs/findings.md, 7 and 9).
     "small": pretrain.SMALL | dict(
         steps=200, lr=2e-4, lr_floor=0.05, warmup_steps=10, forgetting=False, codebook_decay=0.99,
         rank_max=16, save_every=250),

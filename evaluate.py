@@ -808,12 +808,9 @@ def run_quality(args):
 # ======== command line ========
 
 
-TASKS = "swuggy", "sblimp", "tsc", "ssc"
-
-
 def run_elsewhere(args):
     """The code of a benchmark is in extras/."""
-    name = "unit_lm" if args.verb in TASKS else "discophon"
+    name = "discophon" if args.verb == "discophon" else "unit_lm"
     return importlib.import_module(f"extras.{name}").run(args)
 
 
@@ -861,7 +858,8 @@ VERBS = {
     "discophon": (run_elsewhere, "--model! --data! --out! --languages --split --layer --track "
                                  "--max-size-group --max-x-across --keep-features"),
     "lm": (None, ""),
-    **dict.fromkeys(TASKS, (run_elsewhere, "--lm! --data! --model --units --out")),
+    **dict.fromkeys(["swuggy", "sblimp", "tsc", "ssc"],
+                    (run_elsewhere, "--lm! --data! --model --units --out")),
 }
 
 

@@ -1,4 +1,4 @@
-"""The one-to-one assignment of units and phones, without SciPy, for DiscoPhon's one-to-one track."""
+"""Units and phones one to one, for that track of DiscoPhon; without SciPy."""
 
 import numpy as np
 

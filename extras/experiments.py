@@ -381,11 +381,8 @@ def hold_out_english():
             parts[part].append(row)
             left -= row.num_samples
             if part == "eval":
-                ends, intervals = [0], []
-                for phone, frames in itertools.groupby(alignments[row.fileid][0]):
-                    ends.append(ends[-1] + len([*frames]))
-                    intervals.append((ends[-2] / 100, ends[-1] / 100, phone))
-                items.append(dict(fileid=row.fileid, speaker=speaker, intervals=intervals))
+                items.append(dict(fileid=row.fileid, speaker=speaker,
+                                  intervals=intervals(alignments[row.fileid][0])))
     for part, rows in parts.items():
         rows = [row._asdict() | {"path": Path(row.path).resolve()} for row in rows]
         data.write_csv(ENGLISH / f"{part}.csv", "fileid path num_samples language", rows)
@@ -393,6 +390,14 @@ def hold_out_english():
               for fileid, (phones, language) in alignments.items() if language != "en"]
     data.write_csv(ENGLISH / "labels.csv", "fileid phones language", labels)
     speech.write_items(ENGLISH / "english.item", items)
+
+
+def intervals(phones):
+    """[(start, end, phone)] in seconds, of a phone every 10 ms."""
+    end = 0
+    for phone, frames in itertools.groupby(phones):
+        start, end = end, end + len([*frames])
+        yield start / 100, end / 100, phone
 
 
 def measure(encoder, test):

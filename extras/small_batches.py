@@ -1,5 +1,5 @@
-"""What small batches need, and base does without: --mel-steps and --codebook-start targets of preset
-small. docs/findings.md has what they bring."""
+"""What small batches need, and base does without: preset small's --mel-steps and --codebook-start
+targets. docs/findings.md has what they bring."""
 
 import torch
 

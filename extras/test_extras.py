@@ -488,7 +488,7 @@ def test_each_experiment_runs(toy, experiment, monkeypatch):
 
 
 def test_english_is_held_out(toy, experiment, monkeypatch):
-    """A speaker's recordings are in one part each; the sources have none of them."""
+    """No recording is in two parts, and the items lie where the alignment has their phones."""
     rows, labels = [], []
     for part, language in ("train", ""), ("eval/goxi", "en"):
         for path, lines in (f"{part}.csv", rows), (f"{part}_alignments.csv", labels):
@@ -504,8 +504,8 @@ def test_english_is_held_out(toy, experiment, monkeypatch):
     ids = {name: {row.fileid for row in data.read_manifest(folder / f"{name}.csv")}
            for name in ("eval", "adapt", "sources")}
     assert ids["eval"] == {"goxi-eval-0-0000"} and ids["adapt"] == {"goxi-eval-1-0001"}
-    assert len(ids["sources"]) == len(rows) - 2 and not ids["sources"] & (ids["eval"] | ids["adapt"])
-    # The items lie where the alignment has their phones.
+    assert len(ids["sources"]) == len(rows) - 2
+    assert not ids["sources"] & (ids["eval"] | ids["adapt"])
     alignments = data.read_alignments("corpus/alignments.csv")
     items = [line.split() for line in open(folder / "english.item")][1:]
     assert len(items) > 100
